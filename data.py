@@ -1,0 +1,605 @@
+"""PTB-XL: labels of its tasks, records, preprocessing, and a cache of preprocessed signals.
+
+    python data.py --download --data ptbxl      # fetch PTB-XL 1.0.3 (1.7 GB), unpack its 500 Hz records, check every hash
+    python data.py --data ptbxl                 # preprocess every record once -> ptbxl/cache/filter.npy
+    python data.py --data ptbxl --preprocess raw --workers 4
+
+The cache is one float16 array (N, 12, 5000), 2.6 GB for the whole set, N in the order of ptbxl_database.csv; read it with
+np.load("ptbxl/cache/filter.npy", mmap_mode="r"). filter.json beside it holds the ecg_ids and how it was made.
+Signals: 12 leads in the order of LEADS, 10 s at 500 Hz, millivolts before and no unit after normalisation.
+This file imports no other of the project.
+"""
+import argparse
+import ast
+import csv
+import json
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+FS = 500            # Hz
+SAMPLES = 5000      # 10 s
+TASKS = ("all71", "diagnostic44", "subclass23", "superclass5", "form19", "rhythm12")
+TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10
+PREPROCESSING = ("filter", "zscore", "raw")
+
+MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
+MAX_MILLIVOLTS = 6e4  # the largest float16 is 65504; an ECG has about 1 mV
+BASELINE_WINDOW = 201  # samples of the running median, 0.4 s
+LAYOUT = 1          # of the cache; another number than the file's means: build it again
+CHUNK = 32          # records between two marks of progress
+URL = ("https://physionet.org/static/published-projects/ptb-xl/"
+       "ptb-xl-a-large-publicly-available-electrocardiography-dataset-1.0.3.zip")
+TABLES = ("ptbxl_database.csv", "scp_statements.csv")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message says what was found, what was wanted and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- labels
+
+class Labels(NamedTuple):
+    ecg_id: np.ndarray      # (N,) int64
+    patient_id: np.ndarray  # (N,) int64; a record of unknown patient is a patient of its own, -ecg_id
+    fold: np.ndarray        # (N,) int64, 1 to 10
+    y: np.ndarray           # (N, L) uint8
+    classes: list           # L names, sorted
+
+
+def read_table(root, name, columns):
+    """The rows of a csv file as dicts. Raises InputError where it is missing, empty, damaged or lacks one of `columns`."""
+    path = Path(root, name)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f)
+            lacking = [c for c in columns if c not in (reader.fieldnames or [])]
+            if lacking:
+                raise InputError(f"{path}: has no column {lacking[0]!r}; wanted PTB-XL's {name}, "
+                                 f"`python data.py --download --data {root}` fetches it")
+            rows = list(reader)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; wanted a PTB-XL folder, "
+                         f"`python data.py --download --data {root}` fetches it") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a csv file in UTF-8 ({error}); fetch it again") from None
+    for number, row in enumerate(rows, 2):
+        if None in row or any(row[c] is None for c in columns):
+            raise InputError(f"{path}: row {number} does not have {len(reader.fieldnames)} fields; fetch the file again")
+    if not rows:
+        raise InputError(f"{path}: has no rows; fetch it again")
+    return rows
+
+
+def read_database(root, columns=()):
+    """ptbxl_database.csv -> (rows, ecg_id (N,)). Raises InputError also for an ecg_id that is no number or stands twice."""
+    rows = read_table(root, TABLES[0], ("ecg_id", "filename_hr", *columns))
+    ids = [whole_number(root, i, row, "ecg_id") for i, row in enumerate(rows, 2)]
+    if len(set(ids)) < len(ids):
+        twice = next(i for k, i in enumerate(ids) if i in set(ids[:k]))
+        raise InputError(f"{Path(root, TABLES[0])}: ecg_id {twice} stands twice; fetch the file again")
+    return rows, np.array(ids, np.int64)
+
+
+def whole_number(root, number, row, column):
+    try:
+        value = float(row[column])
+        if value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise InputError(f"{Path(root, TABLES[0])}: row {number}: {column} is {row[column]!r}; wanted a whole number")
+
+
+def load_labels(root, task):
+    """The records that have a label of `task`, as Labels, from PTB-XL's two csv files alone.
+
+    Protocol of Strodthoff et al. (2021): a statement counts as present whatever its likelihood, 0 included; records without
+    any label of the task are left out. The classes are all of the task in scp_statements.csv, in sorted order, whether or
+    not a record has them. Raises InputError for an unknown task and for files that are missing or malformed.
+    """
+    check_task(task)
+    database, ecg_id = read_database(root, ("patient_id", "scp_codes", "strat_fold"))
+    statements = read_table(root, TABLES[1], ("", "diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"))
+    flag = {"form19": "form", "rhythm12": "rhythm"}.get(task, "diagnostic")
+    value = {"subclass23": "diagnostic_subclass", "superclass5": "diagnostic_class"}.get(task, "")
+    chosen = [s for s in statements if task == "all71" or float(s[flag] or 0) == 1]
+    class_of = {s[""]: s[value] for s in chosen if s[value]}     # statement -> class of the task
+    classes = sorted(set(class_of.values()))
+    column = {name: i for i, name in enumerate(classes)}
+    known = {s[""] for s in statements}
+
+    y = np.zeros((len(database), len(classes)), np.uint8)
+    patient_id, fold = np.empty(len(database), np.int64), np.empty(len(database), np.int64)
+    for i, row in enumerate(database):
+        where = f"{Path(root, TABLES[0])}: row {i + 2}"
+        try:
+            codes = ast.literal_eval(row["scp_codes"])
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+            codes = None
+        if not isinstance(codes, dict):
+            raise InputError(f"{where}: scp_codes is {row['scp_codes'][:40]!r}; wanted a dict such as {{'NORM': 100.0}}")
+        for code in codes:
+            if code not in known:
+                raise InputError(f"{where}: the statement {str(code)[:40]!r} does not stand in {TABLES[1]}; fetch both files again")
+            if code in class_of:
+                y[i, column[class_of[code]]] = 1
+        fold[i] = whole_number(root, i + 2, row, "strat_fold")
+        if not 1 <= fold[i] <= 10:
+            raise InputError(f"{where}: strat_fold is {fold[i]}; wanted 1 to 10")
+        patient_id[i] = whole_number(root, i + 2, row, "patient_id") if row["patient_id"] else -ecg_id[i]
+    labelled = y.any(1)
+    return Labels(ecg_id[labelled], patient_id[labelled], fold[labelled], y[labelled], classes)
+
+
+def check_task(task):
+    if task not in TASKS:
+        from difflib import get_close_matches
+        near = get_close_matches(str(task), TASKS, 1, 0)[0]
+        raise InputError(f"task {task!r} is unknown; did you mean {near}? (one of {', '.join(TASKS)})")
+
+
+def subset(index, frac, seed):
+    """A fraction of the records `index` (n,), sorted: max(1, floor(frac n + 0.5)) of them, set by `seed` alone.
+
+    Nested: for one index and seed a smaller fraction lies inside every larger one. Raises InputError unless 0 < frac <= 1.
+    """
+    if not 0 < frac <= 1:
+        raise InputError(f"the fraction is {frac}; wanted 0 < fraction <= 1")
+    index = np.sort(np.asarray(index))
+    return np.sort(np.random.RandomState(seed).permutation(index)[:max(1, int(frac * len(index) + 0.5))])
+
+
+# --------------------------------------------------------------------------------------------------------------- records
+
+def read_record(path):
+    """A WFDB record (path without extension) -> float32 (12, n) in millivolts, leads ordered as LEADS, and its rate in Hz.
+
+    Leads are found by name, whatever their case and order; others are left out; voltages in other units are converted.
+    Samples marked as missing are NaN. Raises InputError naming the path and what is wrong.
+    """
+    import wfdb
+    try:
+        record = wfdb.rdrecord(str(path))
+        signal, names, units, fs = record.p_signal, record.sig_name, record.units, float(record.fs)
+    except Exception as error:  # wfdb raises nearly every type for a malformed header or a short file
+        raise InputError(f"{path}: cannot be read as a WFDB record ({type(error).__name__}: {error})") from None
+    if signal is None or not len(signal) or not fs > 0:
+        raise InputError(f"{path}: has {0 if signal is None else len(signal)} samples at {fs:g} Hz; wanted an ECG")
+    row = {name.strip().lower(): i for i, name in reversed(list(enumerate(names)))}
+    missing = [lead for lead in LEADS if lead.lower() not in row]
+    if missing:
+        raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(names)}); wanted {', '.join(LEADS)}")
+    rows = [row[lead.lower()] for lead in LEADS]
+    for i in rows:
+        if units[i].strip().lower() not in MILLIVOLTS:
+            raise InputError(f"{path}: lead {names[i]} is in {units[i]!r}, which is no voltage; wanted mV, uV, nV or V")
+    scale = np.array([MILLIVOLTS[units[i].strip().lower()] for i in rows])
+    return (signal[:, rows] * scale).T.astype(np.float32), fs
+
+
+def preprocess(signal, fs, how="filter"):
+    """(12, n) in millivolts at `fs` Hz -> float32 (12, 5000): 10 s at 500 Hz, shorter records zero-padded at the end.
+
+    how: "filter" (as ECGFounder was trained: zero-phase 50 Hz notch, Q 30; zero-phase Butterworth band-pass of order 4,
+    0.67-40 Hz; running median of 0.4 s subtracted; z-score over all leads at once), "zscore" (the last step alone) or
+    "raw" (millivolts). Resampling, cutting and replacing missing samples (NaN) by 0 come first. Normalised flat records
+    are zeros. Raises InputError for a record that is no ECG: wrong shape, too short to filter, infinite or huge samples.
+    """
+    from scipy import ndimage, signal as dsp
+    x = np.asarray(signal, np.float64)
+    if how not in PREPROCESSING:
+        raise InputError(f"preprocessing {how!r} is unknown; wanted one of {', '.join(PREPROCESSING)}")
+    if x.ndim != 2 or len(x) != len(LEADS) or not x.shape[1] or not 0 < fs < np.inf:
+        raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (12, n) at a positive rate")
+    if not np.abs(np.nan_to_num(x, posinf=np.inf, neginf=-np.inf)).max() <= MAX_MILLIVOLTS:
+        raise InputError(f"holds infinite samples or such beyond {MAX_MILLIVOLTS:g} mV; wanted an ECG in millivolts")
+    if fs != FS:
+        ratio = Fraction(FS / fs).limit_denominator(1000)
+        if not ratio:
+            raise InputError(f"a sampling rate of {fs} Hz; wanted at most {1000 * FS} Hz")
+        x = dsp.resample_poly(x, ratio.numerator, ratio.denominator, axis=1)
+    x = np.nan_to_num(x[:, :SAMPLES], nan=0.0)
+    if how == "filter":
+        if x.shape[1] < BASELINE_WINDOW:
+            raise InputError(f"is {x.shape[1] / FS:g} s long; wanted at least {BASELINE_WINDOW / FS:g} s to filter it")
+        x = dsp.filtfilt(*dsp.iirnotch(50, 30, FS), x)
+        x = dsp.sosfiltfilt(dsp.butter(4, (0.67, 40), "bandpass", fs=FS, output="sos"), x)
+        # One lead at a time: SciPy's fast running median is the one for 1-D arrays.
+        x = x - np.stack([ndimage.median_filter(lead, BASELINE_WINDOW, mode="constant") for lead in x])
+    if how != "raw":
+        std = x.std()
+        x = (x - x.mean()) / (std + 1e-8) if std >= 1e-6 else np.zeros_like(x)
+    out = np.zeros((len(LEADS), SAMPLES), np.float32)
+    out[:, :x.shape[1]] = x
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------- cache
+
+class Cache(NamedTuple):
+    signals: np.ndarray     # (N, 12, 5000) float16, memory-mapped, read only
+    row: dict               # ecg_id -> row of signals, for the records that could be read
+
+
+def align(labels, cache):
+    """Labels -> (the labels whose record is in the cache, its rows (n,))."""
+    there = np.array([i in cache.row for i in labels.ecg_id.tolist()], bool)
+    labels = Labels(*(field[there] for field in labels[:4]), labels.classes)
+    return labels, np.array([cache.row[i] for i in labels.ecg_id.tolist()], np.int64)
+
+
+def cache_files(root, how):
+    """The cache's files: finished array and description, the same while being built, marks of progress, unreadable list."""
+    folder = Path(root, "cache")
+    return [folder / f"{how}{end}" for end in (".npy", ".json", ".part.npy", ".part.json", ".done", ".unreadable.csv")]
+
+
+def source_of(root, how):
+    """What a cache must have been made of to be up to date, and the records' paths."""
+    if how not in PREPROCESSING:
+        raise InputError(f"preprocessing {how!r} is unknown; wanted one of {', '.join(PREPROCESSING)}")
+    rows, ecg_id = read_database(root)
+    root, names = Path(root).resolve(), [row["filename_hr"] for row in rows]
+    for name in names:
+        if not name or os.path.isabs(name) or ".." in Path(name).parts:
+            raise InputError(f"{Path(root, TABLES[0])}: filename_hr is {name!r}; wanted a path inside {root}")
+    return {"layout": LAYOUT, "preprocessing": how, "shape": [len(rows), len(LEADS), SAMPLES], "fs": FS,
+            "leads": list(LEADS), "ecg_ids": ecg_id.tolist(), "source": names}, [root / name for name in names]
+
+
+def read_description(path, source):
+    """A cache's description, or None where it is missing, damaged, of another layout or of other records."""
+    try:
+        description = json.loads(path.read_text())
+        return description if all(description[key] == value for key, value in source.items()) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_json(path, value):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
+
+
+def load_cache(root, how="filter"):
+    """The finished cache as Cache. Raises InputError where there is none or it is not up to date."""
+    final, description_file = cache_files(root, how)[:2]
+    description = read_description(description_file, source_of(root, how)[0])
+    if description is None or not final.exists():
+        raise InputError(f"{final}: missing or out of date; `python data.py --data {root} --preprocess {how}` builds it")
+    signals = np.load(final, mmap_mode="r")
+    unreadable = {i for i, _, _ in description["unreadable"]}
+    return Cache(signals, {i: k for k, i in enumerate(description["ecg_ids"]) if i not in unreadable})
+
+
+def prepare(path, how):
+    """A record as the cache keeps it: float16 (12, 5000)."""
+    return preprocess(*read_record(path), how).astype(np.float16)
+
+
+def cache_records(array_path, offset, how, jobs):
+    """Write the records `jobs` [(row, path)] into the array's file; returns [(row, None or why it cannot be read)]."""
+    results = []
+    with open(array_path, "r+b", buffering=0) as f:
+        for row, path in jobs:
+            try:
+                block = memoryview(prepare(path, how)).cast("B")
+                f.seek(offset + row * len(block))
+                while block:  # a raw write may be partial
+                    block = block[f.write(block):]
+                results.append((row, None))
+            except InputError as error:
+                results.append((row, str(error)))
+    return results
+
+
+def end_with_parent():
+    """In a worker: end as soon as the building process does, however it ended."""
+    import multiprocessing
+    import signal
+    import threading
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def run_jobs(jobs, workers, array_path, offset, how):
+    """cache_records over chunks of `jobs` in `workers` processes; yields each chunk's results as they come."""
+    chunks = [jobs[i:i + CHUNK] for i in range(0, len(jobs), CHUNK)]
+    if workers == 1 or len(chunks) <= 1:
+        yield from (cache_records(array_path, offset, how, chunk) for chunk in chunks)
+        return
+    import multiprocessing
+    import wfdb, scipy.signal, scipy.ndimage  # noqa: E401,F401  once here rather than in every worker
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), multiprocessing.get_context("fork"), end_with_parent)
+    try:
+        for future in as_completed([pool.submit(cache_records, array_path, offset, how, chunk) for chunk in chunks]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise InputError("a worker was killed, for want of memory perhaps; run the same command again, "
+                         "it goes on from what is done (fewer --workers need less memory)") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def build_cache(root, how="filter", workers=None, skip_unreadable=False):
+    """Preprocess every record of ptbxl_database.csv once into <root>/cache/<how>.npy and describe it in <how>.json.
+
+    Up to date, it returns at once. Killed and started again it goes on from what is done, with the same bytes at the end.
+    Unreadable records are listed and the rest is done; then InputError is raised, unless `skip_unreadable` accepts a cache
+    without them. Every later build tries them again.
+    """
+    import fcntl
+    source, paths = source_of(root, how)
+    final, final_json, part, part_json, done_file, listing = cache_files(root, how)
+    if up_to_date(final, final_json, source, paths, how, skip_unreadable):
+        return
+    final.parent.mkdir(exist_ok=True)
+    lock = os.open(final.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second build waits here, and then finds the work done
+        if up_to_date(final, final_json, source, paths, how, skip_unreadable):
+            return
+        reopen(final, final_json, part, part_json, done_file, source)
+        with open(done_file, "r+b") as f:
+            done = np.frombuffer(f.read(), np.uint8).copy()
+        offset = (part if part.exists() else final).stat().st_size - len(paths) * len(LEADS) * SAMPLES * 2
+        jobs = [(row, str(paths[row])) for row in np.flatnonzero(done == 0)]
+        unreadable = build_rows(jobs, workers or os.cpu_count(), part, offset, how, done, done_file)
+        unreadable = [[source["ecg_ids"][row], source["source"][row], why] for row, why in sorted(unreadable)]
+        if unreadable:
+            write_listing(listing, unreadable)
+            if not skip_unreadable:
+                raise unreadable_error(root, how, unreadable, listing)
+        finish(final, final_json, part, part_json, done_file, {**source, "unreadable": unreadable, "versions": versions()})
+        if not unreadable:
+            listing.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def up_to_date(final, final_json, source, paths, how, skip_unreadable):
+    """Whether the finished cache can be used as it is; one built without some records only while they stay unreadable."""
+    description = read_description(final_json, source)
+    if description is None or not final.exists():
+        return False
+    if not description["unreadable"]:
+        return True
+    if not skip_unreadable:
+        return False
+    path = dict(zip(source["ecg_ids"], paths))
+    for ecg_id, _, _ in description["unreadable"]:
+        try:
+            prepare(path[ecg_id], how)
+            return False
+        except InputError:
+            pass
+    return True
+
+
+def reopen(final, final_json, part, part_json, done_file, source):
+    """Leave a part file, its marks and its description to go on from: what an earlier build left, or new ones."""
+    n = source["shape"][0]
+    description = read_description(final_json, source)
+    if description is not None and final.exists():  # finished without its unreadable records: only those are to do
+        bad = {i for i, _, _ in description["unreadable"]}
+        write_marks(done_file, np.array([i not in bad for i in source["ecg_ids"]], np.uint8))
+        write_json(part_json, source)
+        final_json.unlink()
+        os.replace(final, part)
+    marks = done_file.read_bytes() if done_file.exists() else b""
+    if read_description(part_json, source) is not None and len(marks) == n and (part.exists() or (all(marks) and final.exists())):
+        return
+    part_json.unlink(missing_ok=True)  # it comes last and vouches for the others
+    array = np.lib.format.open_memmap(part, "w+", np.float16, tuple(source["shape"]))
+    size = part.stat().st_size
+    del array
+    try:
+        if hasattr(os, "posix_fallocate"):
+            with open(part, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, size)
+    except OSError as error:
+        part.unlink()
+        raise InputError(f"{part}: {error.strerror}; the cache wants {size / 1e9:.2g} GB there, make room and run it again") from None
+    write_marks(done_file, np.zeros(n, np.uint8))
+    write_json(part_json, source)
+
+
+def write_marks(path, done):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(done.tobytes())
+    os.replace(temporary, path)
+
+
+def build_rows(jobs, workers, part, offset, how, done, done_file):
+    """Do the jobs, marking what is done only once its bytes are on the disk; returns [(row, why it cannot be read)]."""
+    from tqdm import tqdm
+    unreadable = []
+    if not jobs:
+        return unreadable
+    with tqdm(total=len(done), initial=len(done) - len(jobs), unit="record", desc=f"cache {how}", disable=None) as bar, \
+            open(part, "r+b") as f, open(done_file, "r+b", buffering=0) as marks:
+        for results in run_jobs(jobs, workers, part, offset, how):
+            os.fdatasync(f.fileno())
+            for row, why in results:
+                if why is None:
+                    marks.seek(row)
+                    marks.write(b"\1")
+                else:
+                    unreadable.append((row, why))
+            bar.update(len(results))
+    return unreadable
+
+
+def finish(final, final_json, part, part_json, done_file, description):
+    """Give the files their final names, the description last: a cache without it does not count."""
+    if part.exists():
+        final_json.unlink(missing_ok=True)
+        os.replace(part, final)
+    write_json(final_json, description)
+    part_json.unlink(missing_ok=True)
+    done_file.unlink(missing_ok=True)
+
+
+def write_listing(path, unreadable):
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="") as f:
+        csv.writer(f).writerows([("ecg_id", "filename_hr", "reason"), *unreadable])
+    os.replace(temporary, path)
+
+
+def unreadable_error(root, how, unreadable, listing):
+    return InputError(f"{len(unreadable)} records cannot be read, the first is {unreadable[0][2]}; all are listed in {listing}, the "
+                      f"others are cached; fetch them again and run this again, or leave them out with --skip-unreadable")
+
+
+def versions():
+    import scipy
+    import wfdb
+    return {"numpy": np.__version__, "scipy": scipy.__version__, "wfdb": wfdb.__version__}
+
+
+def batches(signals, rows, device="cpu"):
+    """For each array of row numbers in `rows`: those of `signals` as a float32 tensor on `device`.
+
+    signals: a tensor, used where it is, or the cache's memory map; then a thread reads (and for a GPU pins and sends) the
+    next batch while the caller works on this one.
+    """
+    import torch
+    if isinstance(signals, torch.Tensor):
+        for index in rows:
+            yield signals[torch.as_tensor(index, device=signals.device)].float()
+        return
+
+    def load(index):
+        batch = torch.from_numpy(signals[index])  # a copy of these rows alone
+        if torch.device(device).type == "cuda":
+            return batch.pin_memory().to(device, non_blocking=True).float()
+        return batch.float()
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for index in rows:
+            ahead, batch = pool.submit(load, index), ahead
+            if batch is not None:
+                yield batch.result()
+        if ahead is not None:
+            yield ahead.result()
+
+
+# -------------------------------------------------------------------------------------------------------------- download
+
+def sha256(path):
+    import hashlib
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def download(root, url=URL):
+    """Fetch PTB-XL's zip, unpack the 500 Hz records and the two tables into `root` and check them against SHA256SUMS.txt.
+
+    Files that are there and right are not written again, and where all are, nothing is fetched. The zip is removed at the
+    end. Raises InputError for a zip that is damaged or lacks a file, and for a file whose hash is not the published one.
+    """
+    import torch.hub
+    import zipfile
+    from urllib.error import URLError
+    root, sums = Path(root), Path(root, "SHA256SUMS.txt")
+    if sums.exists() and all(sha256(root / name) == digest if (root / name).exists() else False
+                             for name, digest in wanted_files(sums.read_text(), sums).items()):
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    archive = root / "ptb-xl.zip"
+    if not archive.exists():
+        try:
+            torch.hub.download_url_to_file(url, str(archive))
+        except (URLError, ValueError) as error:
+            raise InputError(f"{url}: cannot be fetched ({error}); run the same command again, or --url for a mirror") from None
+    try:
+        unpack(archive, root)
+    except (zipfile.BadZipFile, EOFError) as error:
+        archive.unlink()
+        raise InputError(f"{url}: the zip came damaged ({error}) and was removed; run the same command again") from None
+    archive.unlink()
+
+
+def wanted_files(text, where):
+    """SHA256SUMS.txt -> {name: hash} of the 500 Hz records and the two tables; only such names are ever written."""
+    pairs = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
+    wanted = {p[1].strip().lstrip("*"): p[0] for p in pairs if len(p) == 2}
+    wanted = {name: digest for name, digest in wanted.items()
+              if name in TABLES or re.fullmatch(r"records500/\d{5}/\d{5}_hr\.(dat|hea)", name)}
+    if not set(TABLES) <= set(wanted):
+        raise InputError(f"{where}: does not list {TABLES[0]} and {TABLES[1]}; wanted PTB-XL 1.0.3's SHA256SUMS.txt, remove it and run again")
+    return wanted
+
+
+def unpack(archive, root):
+    import hashlib
+    import zipfile
+    from tqdm import tqdm
+    with zipfile.ZipFile(archive) as z:
+        tables = [name for name in z.namelist() if name.rpartition("/")[2] == "SHA256SUMS.txt"]
+        if not tables:
+            raise InputError(f"{archive}: holds no SHA256SUMS.txt; wanted PTB-XL 1.0.3's zip, remove it and run again")
+        prefix = min(tables, key=len)[:-len("SHA256SUMS.txt")]
+        text = z.read(prefix + "SHA256SUMS.txt")
+        members = set(z.namelist())
+        for name, digest in tqdm(wanted_files(text.decode(), archive).items(), "unpack", unit="file", disable=None):
+            target = root / name
+            if target.exists() and sha256(target) == digest:
+                continue
+            if prefix + name not in members:
+                raise InputError(f"{archive}: lacks {name}; wanted PTB-XL 1.0.3's zip, remove it and run again")
+            content = z.read(prefix + name)
+            if hashlib.sha256(content).hexdigest() != digest:
+                raise InputError(f"{archive}: {name} does not have the hash of SHA256SUMS.txt; remove the zip and run again")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(target.name + ".tmp")
+            temporary.write_bytes(content)
+            os.replace(temporary, target)
+        (root / "SHA256SUMS.txt").write_bytes(text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", default="ptbxl", help="PTB-XL's folder (default: ptbxl)")
+    parser.add_argument("--preprocess", choices=PREPROCESSING, default="filter",
+                        help="default: filter, what ECGFounder's authors demand")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--skip-unreadable", action="store_true", help="finish the cache without records that cannot be read")
+    parser.add_argument("--download", action="store_true", help="fetch PTB-XL 1.0.3 into the folder first")
+    parser.add_argument("--url", default=URL, help="the zip to fetch (default: PhysioNet's)")
+    args = parser.parse_args(argv)
+    try:
+        if args.workers < 1:
+            raise InputError(f"--workers is {args.workers}; wanted at least 1")
+        if args.download:
+            download(args.data, args.url)
+        build_cache(args.data, args.preprocess, args.workers, args.skip_unreadable)
+        cache = load_cache(args.data, args.preprocess)
+        n, size = len(cache.row), cache.signals.nbytes
+        print(f"{cache_files(args.data, args.preprocess)[0]}: {n:,} records, {size / 1e9:.2f} GB")
+    except (InputError, OSError) as error:
+        sys.stderr.write(f"data.py: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("data.py: interrupted; run the same command again, it goes on from what is done\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

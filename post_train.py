@@ -1,0 +1,449 @@
+"""Post-training of ECGFounder on PTB-XL: preview linear probing, then fine-tuning with stochastic depth.
+
+    python post_train.py --task diagnostic44 --frac 0.1                          # the method, a tenth of the training data
+    python post_train.py --task diagnostic44 --frac 0.1 --strategy baseline      # plain fine-tuning, the official recipe
+    torchrun --nproc_per_node 4 post_train.py --task all71                       # several GPUs
+
+Method: Zhou et al., "Bridging Performance Gaps for Foundation Models: A Post-Training Strategy for ECGFounder"
+(arXiv 2509.12991). Folds 1-8 train, fold 9 selects the checkpoint, fold 10 is read once, at the end.
+Writes to --out: metrics.jsonl (a line an epoch), best.pt (best validation macro AUROC), last.pt (to --resume from), test.json.
+Needs data.py, model.py and evaluate.py beside it.
+"""
+import argparse
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import data
+import evaluate
+import model as network
+from data import InputError
+
+AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
+# What a strategy sets unless an option says otherwise.
+STRATEGIES = {"post": {"probe_epochs": 30, "lr": 5e-4, "drop_path": 0.5, "dropout": 0.05},
+              "baseline": {"probe_epochs": 0, "lr": 1e-4, "drop_path": 0.0, "dropout": 0.0}}
+FREE_ARGUMENTS = ("resume", "out", "device", "compile")  # may differ when a run goes on
+
+
+class Stage(NamedTuple):
+    name: str
+    epochs: int
+    optimizer: str          # "adamw": decoupled weight decay, none on one-dimensional parameters; "adam": coupled, on all
+    lr: float
+    weight_decay: float
+    schedule: str           # "cosine" from lr to final_lr, or "plateau" on the validation AUROC
+    final_lr: float
+    clip: Optional[float]   # of the gradient norm
+
+
+def stages_of(args):
+    """The run as a table: what its stages are and how they differ."""
+    probe = Stage("probe", args.probe_epochs, "adamw", args.probe_lr, 0.1, "cosine", 0.0, None)
+    finetune = {"post": Stage("finetune", args.epochs, "adamw", args.lr, 0.05, "cosine", 1e-5, 1.0),
+                "baseline": Stage("finetune", args.epochs, "adam", args.lr, 1e-5, "plateau", 0.0, None)}
+    return probe, finetune[args.strategy]
+
+
+class NonFinite(ArithmeticError):
+    """The loss or a gradient is not finite, so that training cannot go on."""
+
+
+# ------------------------------------------------------------------------------------------------- schedule and randomness
+
+def learning_rate(stage, progress, aurocs):
+    """The rate at `progress` (0 to 1) through a stage whose finished epochs had these validation AUROCs. No state."""
+    if stage.schedule == "plateau":
+        return stage.lr * 0.1 ** plateaus(aurocs)
+    final = min(stage.final_lr, stage.lr)
+    return final + (stage.lr - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def plateaus(aurocs, patience=10, threshold=1e-4):
+    """How often torch's ReduceLROnPlateau(mode="max", patience=10) would have reduced the rate after these epochs."""
+    best, waited, reductions = -math.inf, 0, 0
+    for value in aurocs:
+        if value is not None and value > best * (1 + (threshold if best > 0 else -threshold)):
+            best, waited = value, 0
+        else:
+            waited += 1
+        if waited > patience:
+            reductions, waited = reductions + 1, 0
+    return reductions
+
+
+def epoch_seed(seed, stage, epoch, rank=0):
+    """A seed of its own for each epoch, so that a resumed run draws what an undisturbed one would have drawn."""
+    return int(np.random.SeedSequence((seed, sum(map(ord, stage)), epoch, rank)).generate_state(1)[0])
+
+
+def epoch_batches(n, batch_size, seed, rank, world):
+    """This rank's share of each batch of one epoch: strided slices of a permutation of n; the short last batch is dropped."""
+    order = np.random.RandomState(seed).permutation(n)
+    return [order[i:i + batch_size][rank::world] for i in range(0, n - batch_size + 1, batch_size)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+
+def make_optimizer(stage, parameters):
+    if stage.optimizer == "adam":
+        return torch.optim.Adam(parameters, weight_decay=stage.weight_decay, fused=True)
+    groups = [{"params": [p for p in parameters if p.dim() > 1]}, {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, weight_decay=stage.weight_decay, fused=True)
+
+
+def train_epoch(net, optimizer, scaler, inputs, targets, index, lr_at, clip, autocast, progress):
+    """One pass over the batches `index` of `inputs` = (signals or features, rows); returns (mean loss, steps skipped).
+
+    scaler: torch's GradScaler, which does nothing unless it is enabled (fp16); steps with infinite gradients are skipped.
+    Raises NonFinite for a loss, or without the scaler a gradient, that is not finite.
+    """
+    net.train()
+    array, rows = inputs
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device = targets.device
+    check_every = 1 if device.type == "cpu" else 16  # each check waits for the GPU
+    losses, norms = [], []
+    for step, x in enumerate(progress(data.batches(array, (rows[i] for i in index), device))):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step)
+        with autocast:
+            logits = net(x)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), targets[torch.as_tensor(index[step], device=device)])
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        norms.append(norm)
+        if (step + 1) % check_every == 0 or step + 1 == len(index):
+            checked = len(losses) - 1 - step % check_every
+            bad = ~torch.stack(losses[checked:]).isfinite()
+            if not scaler.is_enabled():
+                bad |= ~torch.stack(norms[checked:]).isfinite()
+            if bad.any():
+                at = checked + int(bad.nonzero()[0])
+                raise NonFinite(f"the loss is {losses[at]:g}, the gradient norm {norms[at]:g} at step {at + 1} of {len(index)}")
+    skipped = int((~torch.stack(norms).isfinite()).sum())
+    return float(across_ranks(torch.stack(losses).mean())), skipped
+
+
+def across_ranks(value):
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value
+
+
+def infer_all(function, inputs, device, batch_size, amp):
+    """evaluate.infer, shared out over the ranks: each takes a strided slice, every rank gets the whole, in order."""
+    array, rows = inputs
+    if not dist.is_initialized():
+        return evaluate.infer(function, array, rows, device, batch_size, amp)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = evaluate.infer(function, array, rows[rank::world], device, batch_size, amp) if rank < len(rows) else None
+    parts = [None] * world
+    dist.all_gather_object(parts, mine)
+    whole = np.empty((len(rows), *parts[0].shape[1:]), np.float32)
+    for r, part in enumerate(parts):
+        if part is not None:
+            whole[r::world] = part
+    return whole
+
+
+def on_device(signals, rows, device):
+    """(signals, rows) for data.batches: on a GPU with room to spare the signals themselves, else the cache's memory map."""
+    size = len(rows) * signals[0].nbytes
+    if device.type != "cuda" or size > 0.25 * torch.cuda.mem_get_info(device)[0]:
+        return signals, rows
+    resident = torch.empty((len(rows), *signals.shape[1:]), dtype=torch.float16, device=device)
+    for i in range(0, len(rows), 256):
+        resident[i:i + 256] = torch.from_numpy(signals[rows[i:i + 256]]).to(device)
+    return resident, np.arange(len(rows))
+
+
+def peak_memory_mb(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def validate(function, inputs, targets, device, batch_size, amp):
+    """Mean loss, macro AUROC and macro AUPRC of one fold (None where undefined), by the one metric of evaluate.py."""
+    logits = infer_all(function, inputs, device, batch_size, amp)
+    loss = float(F.binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(targets).float()))
+    if not math.isfinite(loss):
+        raise NonFinite(f"the validation loss is {loss:g}")
+    scores = [evaluate.macro(m) for m in evaluate.auroc_auprc(targets, evaluate.probabilities(logits))]
+    return loss, *(None if np.isnan(s) else float(s) for s in scores)
+
+
+# --------------------------------------------------------------------------------------------------------------------- run
+
+def train(args, device, rank=0, world=1):
+    """Train both stages from where the run stands; leaves best.pt, last.pt and metrics.jsonl in args.out."""
+    say = print if rank == 0 else lambda *a, **k: None
+    out, amp = Path(args.out), AMP[args.amp]
+    labels, inputs = load_splits(args)
+    n_train = len(labels["train"])
+    batch_size = min(args.batch_size, n_train) // world * world
+    if not batch_size:
+        raise InputError(f"{n_train} training records, batch size {args.batch_size}, {world} processes; wanted at least one record each")
+    torch.manual_seed(args.seed)
+    model = network.ecgfounder(labels["train"].shape[1], drop_path=args.drop_path, drop_path_mode=args.drop_path_mode, dropout=args.dropout)
+    last = evaluate.load_checkpoint(out / "last.pt")[1] if args.resume and (out / "last.pt").exists() else None
+    if last:
+        check_arguments(args, last)
+        model.load_state_dict(last["state_dict"])
+        say(f"going on after {last['stage']} epoch {last['epoch']}")
+    elif args.weights != "none":
+        network.load_pretrained(model, args.weights)
+    history = last["history"] if last else []
+    write_history(out, history, rank)
+    model.to(device)
+    targets = torch.from_numpy(labels["train"]).to(device).float()
+    inputs["train"] = on_device(*inputs["train"], device)
+    say(f"{args.task}, {n_train:,} records to train and {len(labels['val']):,} to validate on, batch {batch_size}"
+        f"{'' if batch_size == args.batch_size else f' (not {args.batch_size}: all there are)'}, "
+        f"{'random initialization' if args.weights == 'none' else args.weights}, {device}"
+        f"{f' x {world}' if world > 1 else ''}, amp {args.amp}, seed {args.seed}")
+
+    for stage in stages_of(args):
+        first = sum(line["stage"] == stage.name for line in history)
+        if first >= stage.epochs:
+            continue
+        if stage.name == "probe":  # the backbone is frozen: run it once, in eval mode, and train the head on what it gives
+            started = time.perf_counter()
+            model.eval()
+            stage_inputs = {split: (torch.from_numpy(infer_all(model.forward_features, inputs[split], device, batch_size // world, amp)).to(device),
+                                    np.arange(len(labels[split]))) for split in ("train", "val")}
+            trained, stage_amp = torch.nn.Sequential(model.dropout, model.dense), None
+            say(f"features of {n_train + len(labels['val']):,} records in {time.perf_counter() - started:.1f} s")
+        else:
+            stage_inputs, trained, stage_amp = inputs, model, amp
+        optimizer = make_optimizer(stage, list(trained.parameters()))
+        scaler = torch.amp.GradScaler(device.type, enabled=stage_amp == torch.float16)
+        if first:
+            optimizer.load_state_dict(last["optimizer"])
+            scaler.load_state_dict(last["scaler"])
+        net = torch.compile(trained) if args.compile and trained is model else trained
+        if world > 1:
+            net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+        autocast = torch.autocast(device.type, stage_amp) if stage_amp else nullcontext()
+
+        for epoch in range(first, stage.epochs):
+            started = time.perf_counter()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            torch.manual_seed(epoch_seed(args.seed, stage.name, epoch, 1 + rank))
+            index = epoch_batches(n_train, batch_size, epoch_seed(args.seed, stage.name, epoch), rank, world)
+            aurocs = [line["macro_auroc"] for line in history if line["stage"] == stage.name]
+            lr_at = lambda step: learning_rate(stage, (epoch + step / len(index)) / stage.epochs, aurocs)
+            bar = lambda steps: progress_bar(steps, len(index), f"{stage.name} {epoch + 1}/{stage.epochs}", rank)
+            try:
+                train_loss, skipped = train_epoch(net, optimizer, scaler, stage_inputs["train"], targets, index, lr_at, stage.clip, autocast, bar)
+                trained_seconds = time.perf_counter() - started
+                trained.eval()
+                val_loss, auroc, auprc = validate(trained, stage_inputs["val"], labels["val"], device, 64, stage_amp)
+            except NonFinite as error:
+                raise NonFinite(f"{stage.name} epoch {epoch + 1}: {error}") from None
+            history.append({"stage": stage.name, "epoch": epoch + 1, "lr": lr_at(0), "train_loss": train_loss, "val_loss": val_loss,
+                            "macro_auroc": auroc, "macro_auprc": auprc, "seconds": time.perf_counter() - started,
+                            "ecgs_per_second": len(index) * batch_size / trained_seconds, "peak_memory_mb": peak_memory_mb(device)})
+            if rank == 0:
+                checkpoint = describe(args, model, labels["classes"], history)
+                if best_epoch(history, stages_of(args)) == len(history) - 1:
+                    save(out / "best.pt", checkpoint)
+                save(out / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+            write_history(out, history, rank)
+            say(epoch_line(history[-1], stage.epochs, skipped), flush=True)
+
+
+def load_splits(args):
+    """({"train", "val": labels (n, L), "classes"}, {"train", "val": (signals, rows)}); fold 10 is only counted, not read."""
+    labels = data.load_labels(args.data, args.task)
+    data.build_cache(args.data, args.preprocess, skip_unreadable=args.skip_unreadable)
+    cache = data.load_cache(args.data, args.preprocess)
+    labels, rows = data.align(labels, cache)
+    for folds in (data.TRAIN_FOLDS, [data.VAL_FOLD], [data.TEST_FOLD]):
+        if not np.isin(labels.fold, folds).any():
+            raise InputError(f"{args.data}: no record of {args.task} in fold {'1-8' if len(folds) > 1 else folds[0]}; wanted PTB-XL's ten folds")
+    train = data.subset(np.flatnonzero(np.isin(labels.fold, data.TRAIN_FOLDS)), args.frac, args.seed)
+    val = np.flatnonzero(labels.fold == data.VAL_FOLD)
+    return ({"train": labels.y[train], "val": labels.y[val], "classes": labels.classes},
+            {"train": (cache.signals, rows[train]), "val": (cache.signals, rows[val])})
+
+
+def best_epoch(history, stages):
+    """Index of the first line with the best validation AUROC among the fine-tuning epochs, or the probe's with --epochs 0."""
+    name = "finetune" if stages[1].epochs else "probe"
+    scores = [(-1.0 if line["macro_auroc"] is None else line["macro_auroc"]) if line["stage"] == name else -math.inf for line in history]
+    return int(np.argmax(scores)) if max(scores, default=-math.inf) > -math.inf else None
+
+
+def describe(args, model, classes, history):
+    """A checkpoint: tensors and plain data that say all there is to know of it."""
+    return {"layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": model.state_dict(), "task": args.task, "classes": classes,
+            "preprocessing": args.preprocess, "data": os.path.abspath(args.data), "args": dict(vars(args)),
+            "stage": history[-1]["stage"], "epoch": history[-1]["epoch"], "history": history,
+            "versions": {"torch": torch.__version__, **data.versions()}}
+
+
+def save(path, checkpoint):
+    evaluate.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def write_history(out, history, rank):
+    """metrics.jsonl anew from the history, so that no kill leaves a torn or doubled line."""
+    if rank == 0:
+        lines = "".join(json.dumps(line) + "\n" for line in history)
+        evaluate.write_atomically(out / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
+
+
+def check_arguments(args, last):
+    changed = [f"--{key.replace('_', '-')} was {last['args'].get(key)}, now {value}" for key, value in vars(args).items()
+               if key not in FREE_ARGUMENTS and last["args"].get(key) != value]
+    if changed:
+        raise InputError(f"{args.out}/last.pt was begun with other arguments ({'; '.join(changed)}); give the same ones, or another --out")
+
+
+def progress_bar(steps, total, title, rank):
+    from tqdm import tqdm
+    return tqdm(steps, title, total, leave=False, unit="step", disable=True if rank else None)
+
+
+def epoch_line(line, epochs, skipped):
+    show = lambda x: "-" if x is None else f"{x:.4f}"
+    return (f"{line['stage']} {line['epoch']}/{epochs}  lr {line['lr']:.1e}  loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
+            f"AUROC {show(line['macro_auroc'])}  AUPRC {show(line['macro_auprc'])}  {line['seconds']:.1f} s  "
+            f"{line['ecgs_per_second']:,.0f} ECGs/s{f'  {skipped} steps skipped' if skipped else ''}")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    source = "community-derived: the paper's own value could not be read"
+    add = parser.add_argument
+    add("--task", required=True, metavar="TASK", help=f"one of {', '.join(data.TASKS)}")
+    add("--frac", type=float, default=1.0, help="fraction of the training records, set by --seed; folds 9 and 10 stay whole")
+    add("--data", default="ptbxl", help="PTB-XL's folder; its cache is built when missing")
+    add("--preprocess", choices=data.PREPROCESSING, default="filter", help="as ECGFounder's authors demand")
+    add("--weights", default=network.OFFICIAL, help="checkpoint to start from, or none for random initialization")
+    add("--out", help="folder of the run (default: runs/<task>-frac<f>-<strategy>-seed<s>)", default=argparse.SUPPRESS)
+    add("--seed", type=int, default=0, help="sets initialization, fraction, order of the batches, drop path and dropout")
+    add("--strategy", choices=tuple(STRATEGIES), default="post", help="post: the paper's; baseline: ECGFounder's official fine-tuning recipe")
+    for name, kind, text in (("probe-epochs", int, "epochs of preview linear probing, 0: none"), ("lr", float, "learning rate of fine-tuning"),
+                             ("drop-path", float, "share of residual branches dropped, 0 <= p < 1"), ("dropout", float, "dropout before the head")):
+        key = name.replace("-", "_")
+        add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {STRATEGIES['post'][key]}, {source}; "
+            f"with --strategy baseline {STRATEGIES['baseline'][key]}, the official recipe)")
+    add("--epochs", type=int, default=30, help=f"epochs of fine-tuning; {source}; an official script has 30 too")
+    add("--batch-size", type=int, default=256, help="over all devices; community-derived and official")
+    add("--probe-lr", type=float, default=5e-3, help=f"learning rate of the probe; {source}")
+    add("--drop-path-mode", choices=("constant", "linear"), default="constant", help="the same rate in every block, or growing with depth; the paper's is unknown, this default is ours")
+    add("--amp", choices=("auto", *AMP), default="auto", help="mixed precision; auto: fp16 on CUDA, off on the CPU; ours")
+    add("--device", default=argparse.SUPPRESS, help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add("--resume", action="store_true", help="go on from last.pt in --out")
+    add("--compile", action="store_true", help="torch.compile the network for fine-tuning")
+    add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
+    args = parser.parse_args(argv)
+    for key, value in STRATEGIES[args.strategy].items():
+        setattr(args, key, getattr(args, key, value))
+    args.out = str(getattr(args, "out", f"runs/{args.task}-frac{args.frac:g}-{args.strategy}-seed{args.seed}"))
+    args.device = getattr(args, "device", None)
+    return args
+
+
+def check(args):
+    """Raise InputError for what no run can use, before anything is read or written."""
+    data.check_task(args.task)
+    data.subset([0], args.frac, 0)
+    for key, good, wanted in (("epochs", args.epochs >= 0, "at least 0"), ("probe_epochs", args.probe_epochs >= 0, "at least 0"),
+                              ("batch_size", args.batch_size >= 1, "at least 1"), ("seed", 0 <= args.seed < 2**32, "0 to 2^32 - 1"),
+                              ("lr", 0 < args.lr < math.inf, "above 0"), ("probe_lr", 0 < args.probe_lr < math.inf, "above 0"),
+                              ("drop_path", 0 <= args.drop_path < 1, "0 <= p < 1"), ("dropout", 0 <= args.dropout < 1, "0 <= p < 1")):
+        if not good:
+            raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}; wanted {wanted}")
+    if not args.epochs and not args.probe_epochs:
+        raise InputError("--epochs 0 and --probe-epochs 0 train nothing; give one of them")
+    if args.weights != "none" and not os.path.exists(args.weights):
+        raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the official weights, --weights none starts at random")
+    if not args.resume and any(Path(args.out, name).exists() for name in ("last.pt", "metrics.jsonl")):
+        raise InputError(f"{args.out}: holds a run already; --resume goes on with it, another --out begins a new one")
+
+
+def run(args):
+    check(args)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = evaluate.pick_device(args.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)
+    if args.amp == "auto":
+        args.amp = "fp16" if device.type == "cuda" else "off"
+    args.data = os.path.abspath(args.data)
+    out = Path(args.out)
+    if args.resume and (out / "test.json").exists():
+        print(f"{out}: this run is finished, see test.json")
+        return
+    if args.resume and not (out / "last.pt").exists():
+        print(f"{out}: no last.pt to go on from, starting anew")
+    out.mkdir(parents=True, exist_ok=True)
+    data.build_cache(args.data, args.preprocess, skip_unreadable=args.skip_unreadable)  # may take longer than the ranks wait for each other
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        train(args, device, rank, world)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+    if rank == 0:
+        p = evaluate.predict_folds(out / "best.pt", [data.TEST_FOLD], args.data, device)
+        scores = evaluate.report(p["y_true"], p["y_prob"], p["classes"].tolist(), p["patient_id"])
+        evaluate.write_json(out / "test.json", scores)
+        print("\n".join(["test fold 10 with best.pt:", *evaluate.table(scores)[:4]]))
+
+
+def stop(number, frame):
+    raise KeyboardInterrupt(number)
+
+
+def main(argv=None):
+    args = parse(argv)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        run(args)
+        return
+    except (InputError, network.WeightsError, OSError) as error:
+        status, message = 2, str(error)
+    except NonFinite as error:
+        status, message = 1, f"{error}; {args.out}/last.pt keeps the last good epoch; --amp bf16 or off, or a lower --lr, may mend it"
+    except torch.OutOfMemoryError:
+        status, message = 1, f"the GPU's memory is too small for a batch of {args.batch_size}; --batch-size {max(1, args.batch_size // 2)} may fit"
+    except KeyboardInterrupt as error:
+        number = error.args[0] if error.args else signal.SIGINT
+        status, message = 128 + number, f"stopped; the same command with --resume goes on after the last finished epoch ({args.out}/last.pt)"
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    sys.stderr.write(f"post_train.py: {message}\n")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

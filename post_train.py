@@ -302,7 +302,7 @@ def describe(args, model, classes, history):
     return {"layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": model.state_dict(), "task": args.task, "classes": classes,
             "preprocessing": args.preprocess, "data": os.path.abspath(args.data), "args": dict(vars(args)),
             "stage": history[-1]["stage"], "epoch": history[-1]["epoch"], "history": history,
-            "versions": {"torch": torch.__version__, **data.versions()}}
+            "versions": {"torch": str(torch.__version__), **data.versions()}}
 
 
 def save(path, checkpoint):

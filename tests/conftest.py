@@ -1,0 +1,74 @@
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+sys.path[:0] = [str(ROOT), str(TESTS)]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "real: needs real PTB-XL records, in the folder that PTBXL_DIR names")
+
+
+def pytest_collection_modifyitems(items):
+    no_gpu = pytest.mark.skip(reason="no CUDA device on this machine")
+    no_data = pytest.mark.skip(reason="PTBXL_DIR does not name a folder with real PTB-XL records")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if "real" in item.keywords and not os.environ.get("PTBXL_DIR"):
+            item.add_marker(no_data)
+
+
+@pytest.fixture(scope="session")
+def real():
+    return Path(os.environ["PTBXL_DIR"])
+
+
+@pytest.fixture(scope="session")
+def demo_set(tmp_path_factory):
+    """60 synthetic ECGs with their cache. Not to be written to: copy it, or use `demo`."""
+    import data
+    from make_demo import make_demo
+    root = tmp_path_factory.mktemp("demo") / "set"
+    make_demo(root, records=60)
+    data.build_cache(root, workers=1)
+    return root
+
+
+@pytest.fixture
+def demo(demo_set, tmp_path):
+    """A copy of the demo set that a test may change."""
+    import shutil
+    return Path(shutil.copytree(demo_set, tmp_path / "demo"))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The same code with a network of two small stages, for tests of the loop rather than of the network."""
+    import tiny as small
+    small.shrink(monkeypatch.setattr)
+
+
+@pytest.fixture
+def fails(capsys):
+    """Call a script's main and expect exit status 2 and one line to a person that holds all of `words`."""
+    def call(main, argv, *words):
+        with pytest.raises(SystemExit) as stop:
+            main([str(a) for a in argv])
+        lines = [line for line in capsys.readouterr().err.strip().splitlines() if "%|" not in line]  # no progress bars
+        assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in lines[0], lines
+        assert all(str(word) in lines[0] for word in words), lines[0]
+        return lines[0]
+    return call
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return {name: json.loads((TESTS / "golden" / f"{name}.json").read_text()) for name in ("model_logits", "preprocess")}

@@ -1,0 +1,88 @@
+"""The obvious way, as the reference of the parity tests and of the benchmark: ECGFounder's network written down step by step
+after its description, and stochastic depth as a 0/1 mask on branches that are computed for every sample."""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+STAGES = ((64, 2), (160, 2), (160, 2), (400, 3), (400, 3), (1024, 4), (1024, 4))
+
+
+def swish(x):
+    return x * torch.sigmoid(x)
+
+
+class PaddedConv(nn.Module):
+    """Pad to "SAME", then convolve."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1):
+        super().__init__()
+        self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, groups=groups)
+
+    def forward(self, x):
+        n, k, s = x.shape[-1], self.conv.kernel_size[0], self.conv.stride[0]
+        p = max(0, (math.ceil(n / s) - 1) * s + k - n)
+        return self.conv(F.pad(x, (p // 2, p - p // 2)))
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, in_channels, out_channels, stride, first, drop_path):
+        super().__init__()
+        self.conv1 = PaddedConv(in_channels, out_channels, 1)
+        self.conv2 = PaddedConv(out_channels, out_channels, 16, stride, out_channels // 16)
+        self.conv3 = PaddedConv(out_channels, out_channels, 1)
+        self.se_fc1 = nn.Linear(out_channels, out_channels // 2)
+        self.se_fc2 = nn.Linear(out_channels // 2, out_channels)
+        self.stride, self.first, self.drop_path = stride, first, drop_path
+        self.in_channels, self.out_channels = in_channels, out_channels
+
+    def forward(self, x):
+        out = x if self.first else swish(x)
+        out = self.conv1(out)
+        out = self.conv2(swish(out))
+        out = self.conv3(swish(out))
+        gate = torch.sigmoid(self.se_fc2(swish(self.se_fc1(out.mean(-1)))))
+        out = torch.einsum("abc,ab->abc", out, gate)
+        if self.training and self.drop_path:
+            keep = (torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path).to(out.dtype)
+            out = out * keep / (1 - self.drop_path)
+        if self.stride > 1:
+            x = F.max_pool1d(F.pad(x, (0, self.stride - 1)), self.stride)
+        if self.out_channels > self.in_channels:
+            grow = self.out_channels - self.in_channels
+            x = F.pad(x.transpose(-1, -2), (grow // 2, grow - grow // 2)).transpose(-1, -2)
+        return out + x
+
+
+class PlainStage(nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.block_list = nn.ModuleList(blocks)
+
+
+class PlainNet1D(nn.Module):
+    """The same parameter names as the published network; drop_path_rates: one for each of the 20 blocks."""
+
+    def __init__(self, n_classes, in_channels=12, drop_path_rates=(0.0,) * 20):
+        super().__init__()
+        self.first_conv = PaddedConv(in_channels, 64, 16, 2)
+        stages, channels, rates = [], 64, iter(drop_path_rates)
+        for i, (out_channels, n) in enumerate(STAGES):
+            blocks = []
+            for j in range(n):
+                blocks.append(PlainBlock(channels, out_channels, 2 if j == 0 else 1, i == j == 0, next(rates)))
+                channels = out_channels
+            stages.append(PlainStage(blocks))
+        self.stage_list = nn.ModuleList(stages)
+        self.dense = nn.Linear(1024, n_classes)
+
+    def forward_features(self, x):
+        x = swish(self.first_conv(x))
+        for stage in self.stage_list:
+            for block in stage.block_list:
+                x = block(x)
+        return x.mean(-1)
+
+    def forward(self, x):
+        return self.dense(self.forward_features(x))

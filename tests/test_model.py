@@ -1,0 +1,347 @@
+"""The network against the published figures and an independent plain version; stochastic depth; checkpoints."""
+import io
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import model as network
+from conftest import ROOT
+from plain import PlainNet1D
+
+
+def filled(keys_shapes, seed=0):
+    """Weights by name, by the rule that the golden figures were made with."""
+    state = {}
+    for name, shape in keys_shapes:
+        rng = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
+        scale = 1 / np.sqrt(np.prod(shape[1:])) if len(shape) > 1 else 0.1
+        state[name] = torch.from_numpy((rng.standard_normal(shape) * scale).astype(np.float32))
+    return state
+
+
+def is_batch_norm(key):
+    return any(part.startswith("bn") or part == "first_bn" for part in key.split("."))
+
+
+@pytest.fixture(scope="module")
+def official(golden, tmp_path_factory):
+    """A file like the official one: BatchNorm keys, optimizer, and a NumPy scalar pickled under NumPy 1's names."""
+    entries = [(k, tuple(s)) for k, s in golden["model_logits"]["keys"]]
+    state = filled([e for e in entries if not is_batch_norm(e[0])])
+    state |= {k: torch.zeros(s, dtype=torch.long if k.endswith("tracked") else torch.float32) for k, s in entries if is_batch_norm(k)}
+    path = tmp_path_factory.mktemp("weights") / "12_lead_ECGFounder.pth"
+    torch.save({"epoch": 1, "step": 7, "state_dict": state, "optimizer": {"state": {}}, "scheduler": {}, "val_auroc": np.float64(0.9)}, path)
+    rename_in_zip(path, b"numpy._core.multiarray", b"numpy.core.multiarray")
+    return path
+
+
+def rename_in_zip(path, old, new):
+    """Rewrite the pickle inside a torch zip archive, replacing a global's module (text form, as protocol 2 writes it)."""
+    import zipfile
+    renamed = path.with_suffix(".renamed")
+    with zipfile.ZipFile(path) as a, zipfile.ZipFile(renamed, "w") as b:
+        for entry in a.infolist():
+            content = a.read(entry)
+            b.writestr(entry, content.replace(old, new) if entry.filename.endswith("data.pkl") else content)
+    os.replace(renamed, path)
+
+
+@pytest.fixture(scope="module")
+def founder(official):
+    model = network.ecgfounder(150).eval()
+    network.load_pretrained(model, official, head=True)
+    return model
+
+
+GOLDEN_INPUT = torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000)
+
+
+def test_logits_and_features_equal_the_published_network(founder, golden):
+    with torch.no_grad():
+        logits, features = founder(GOLDEN_INPUT)[0, :10], founder.forward_features(GOLDEN_INPUT)[0, :10]
+    np.testing.assert_allclose(logits, golden["model_logits"]["logits_first10"], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(features, golden["model_logits"]["features_first10"], atol=1e-5, rtol=0)
+
+
+def test_keys_and_shapes_are_the_official_ones_without_batch_norm(founder, golden):
+    keys = {k: tuple(s) for k, s in golden["model_logits"]["keys"]}
+    unused = {k for k in keys if is_batch_norm(k)}
+    assert len(unused) == 305 and network.unused_keys() == unused
+    assert {k: tuple(v.shape) for k, v in founder.state_dict().items()} == {k: s for k, s in keys.items() if k not in unused}
+    assert sum(p.numel() for p in founder.parameters()) == 30_752_646
+
+
+@pytest.mark.parametrize("samples", [5000, 1000, 999, 313, 100, 37, 33, 32])
+def test_any_length_equals_the_plain_network(founder, samples):
+    plain = PlainNet1D(150).eval()
+    plain.load_state_dict(founder.state_dict())
+    x = torch.randn(2, 12, samples, generator=torch.Generator().manual_seed(samples))
+    with torch.no_grad():
+        torch.testing.assert_close(founder(x), plain(x), atol=1e-5, rtol=0)
+
+
+def test_gradients_equal_the_plain_network():
+    torch.manual_seed(0)
+    ours, plain = network.ecgfounder(5).train(), PlainNet1D(5)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 12, 640)
+    for net in (ours, plain):
+        net(x).square().sum().backward()
+    for (name, p), q in zip(ours.named_parameters(), plain.parameters()):
+        assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-8, name
+        assert p.grad.abs().sum() > 0, f"{name} is dead"
+
+
+def test_one_lead():
+    model = network.ecgfounder(150, in_channels=1)
+    assert model(torch.randn(2, 1, 500)).shape == (2, 150)
+    with pytest.raises(ValueError, match="1 leads"):
+        model(torch.randn(2, 12, 500))
+
+
+@pytest.mark.parametrize("shape", [(12, 5000), (1, 12, 31), (1, 11, 5000)])
+def test_wrong_inputs_are_named(founder, shape):
+    with pytest.raises(ValueError, match="wanted"):
+        founder(torch.zeros(shape))
+
+
+def test_dropout_acts_on_the_pooled_features_alone():
+    torch.manual_seed(0)
+    model = network.ecgfounder(4, dropout=0.5).train()
+    x = torch.randn(2, 12, 100)
+    assert torch.equal(model.forward_features(x), model.forward_features(x))
+    assert not torch.equal(model(x), model(x))
+    assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.5]
+
+
+@pytest.mark.parametrize("arguments", [{"drop_path": 1.0}, {"drop_path": -0.1}, {"dropout": 1.0}, {"drop_path_mode": "cubic"}])
+def test_bad_arguments(arguments):
+    with pytest.raises(ValueError, match="wanted"):
+        network.ecgfounder(4, **arguments)
+
+
+# ------------------------------------------------------------------------------------------------------- stochastic depth
+
+def blocks(model):
+    return [b for stage in model.stage_list for b in stage.block_list]
+
+
+def test_rates_of_both_modes():
+    assert [b.drop_path for b in blocks(network.ecgfounder(4, drop_path=0.3))] == [0.3] * 20
+    np.testing.assert_allclose([b.drop_path for b in blocks(network.ecgfounder(4, drop_path=0.5, drop_path_mode="linear"))],
+                               np.linspace(0, 0.5, 20))
+
+
+@given(p=st.floats(0, 0.999), batch=st.integers(1, 300))
+@settings(deadline=None)
+def test_kept_count(p, batch):
+    block = network.Block(16, 16, 1, p, True)
+    assert block.kept(batch) == max(1, int(np.floor((1 - p) * batch + 0.5)))
+
+
+@pytest.mark.parametrize("p, batch, kept", [(0.5, 8, 4), (0.5, 5, 3), (0.9, 4, 1), (0.99, 1, 1), (0.2, 10, 8), (0.01, 8, 8)])
+def test_the_branch_is_computed_for_the_kept_samples_alone(p, batch, kept):
+    block = network.Block(16, 32, 2, p, True).train()
+    seen = []
+    block.conv1.register_forward_hook(lambda m, i, out: seen.append(len(out)))
+    x = torch.randn(batch, 16, 64)
+    out, shortcut = block(x), block.shortcut(x)
+    assert seen == [kept] and block.kept(batch) == kept
+    changed = (out != shortcut).flatten(1).any(1)
+    assert changed.sum() == kept
+    with torch.no_grad():  # what is added is the plain branch scaled by B / kept
+        torch.testing.assert_close(out[changed], (shortcut + block.branch(x) * batch / kept)[changed])
+
+
+def test_expectation_is_the_plain_branch():
+    torch.manual_seed(0)
+    block = network.Block(16, 16, 1, 0.5, True).train()
+    x = torch.randn(6, 16, 40)
+    with torch.no_grad():
+        mean = torch.stack([block(x) for _ in range(4000)]).mean(0) - block.shortcut(x)
+        branch = block.branch(x)
+    # A sample keeps its branch with probability 1/2 at scale 2: the mean's standard error is |branch| / sqrt(4000).
+    assert ((mean - branch).abs() <= 5 * branch.abs() / 4000**0.5 + 1e-6).all()
+
+
+def test_blocks_draw_independently_and_anew():
+    torch.manual_seed(0)
+    a, b = (network.Block(16, 16, 1, 0.5, True).train() for _ in range(2))
+    x = torch.randn(16, 16, 40)
+    kept = lambda block: tuple((block(x) != x).flatten(1).any(1).tolist())
+    assert len({kept(a), kept(a), kept(b), kept(b)}) == 4
+
+
+def test_gradients_reach_the_kept_samples_and_every_parameter():
+    torch.manual_seed(0)
+    block = network.Block(16, 16, 1, 0.5, True).train()
+    x = torch.randn(8, 16, 40, requires_grad=True)
+    out = block(x)
+    out.sum().backward()
+    kept = (out != x).flatten(1).any(1)
+    plain = x.detach().clone().requires_grad_()
+    (plain + block.branch(plain) * 2.0 * kept[:, None, None]).sum().backward()
+    torch.testing.assert_close(x.grad, plain.grad)
+    assert torch.equal(x.grad[~kept], torch.ones_like(x.grad[~kept]))  # a dropped branch: the shortcut's gradient alone
+    model = network.ecgfounder(3, drop_path=0.9).train()
+    model(torch.randn(2, 12, 64)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_in_eval_and_at_zero_it_is_the_plain_network_bit_for_bit(founder):
+    dropping = network.ecgfounder(150, drop_path=0.5).eval()
+    dropping.load_state_dict(founder.state_dict())
+    x = torch.randn(4, 12, 500)
+    with torch.no_grad():
+        assert torch.equal(dropping(x), founder(x))
+        zero = network.ecgfounder(150, drop_path=0.0)
+        zero.load_state_dict(founder.state_dict())
+        assert torch.equal(zero.train()(x), founder(x))
+
+
+# ------------------------------------------------------------------------------------------------------------ checkpoints
+
+def test_official_file_loads_without_its_head_and_ours_loads_back(official, founder):
+    model = network.ecgfounder(44)
+    head = model.dense.weight.clone()
+    checkpoint = network.load_pretrained(model, official)
+    assert torch.equal(model.dense.weight, head) and checkpoint["val_auroc"] == 0.9
+    for key, value in model.state_dict().items():
+        if not key.startswith("dense."):
+            assert torch.equal(value, founder.state_dict()[key]), key
+    plain = PlainNet1D(44)
+    plain.load_state_dict(model.state_dict())
+
+
+def test_numpy_2_scalar_loads_too(tmp_path, founder):
+    torch.save({"state_dict": founder.state_dict(), "val_auroc": np.float64(0.5)}, tmp_path / "w.pth")
+    assert b"numpy._core" in (tmp_path / "w.pth").read_bytes()
+    network.load_pretrained(network.ecgfounder(150), tmp_path / "w.pth", head=True)
+
+
+def rewrite(source, target, change):
+    checkpoint = network.read_checkpoint(source)
+    state = dict(checkpoint["state_dict"])
+    change(state)
+    torch.save({"state_dict": state}, target)
+    return target
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("stage_list.3.block_list.1.conv2.conv.weight"), "1 missing key (first: stage_list.3.block_list.1.conv2.conv.weight)"),
+    (lambda s: s.pop("dense.bias"), "missing key (first: dense.bias)"),
+    (lambda s: s.update(extra=torch.zeros(1)), "1 unexpected key (first: extra)"),
+    (lambda s: s.pop("first_bn.weight"), "missing key (first: first_bn.weight)"),
+    (lambda s: s.update({"stage_list.0.block_list.0.se_fc1.bias": torch.zeros(3)}), "misshapen key (first: stage_list.0.block_list.0.se_fc1.bias (3,), wanted (32,)"),
+    (lambda s: s.update({"renamed": s.pop("first_conv.conv.bias")}), "missing key (first: first_conv.conv.bias); 1 unexpected key (first: renamed)"),
+    (lambda s: s.update({"first_conv.conv.weight": torch.zeros(64, 1, 16)}), "wanted (64, 12, 16)"),
+    (lambda s: s.update({"first_conv.conv.bias": torch.full((64,), torch.nan)}), "first_conv.conv.bias is not finite"),
+])
+def test_every_difference_is_an_error_that_names_it(official, tmp_path, change, words):
+    path = rewrite(official, tmp_path / "changed.pth", change)
+    model = network.ecgfounder(150)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(network.WeightsError) as error:
+        network.load_pretrained(model, path)
+    assert words in str(error.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing was loaded
+
+
+def test_head_wants_the_class_count(official):
+    with pytest.raises(network.WeightsError, match=r"dense.weight \(150, 1024\), wanted \(44, 1024\)"):
+        network.load_pretrained(network.ecgfounder(44), official, head=True)
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, form, fails):
+    canary, path = tmp_path / "canary", tmp_path / "hostile.pth"
+    payload = {"state_dict": {"first_conv.conv.weight": torch.zeros(64, 12, 16)}, "val_auroc": Canary(canary)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(payload["val_auroc"]))
+    else:
+        torch.save(payload, path, _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(network.WeightsError, match="refused"):
+        network.read_checkpoint(path)
+    fails(network.main, ["--weights", path], "refused")
+    assert not canary.exists()
+    torch.load(path, weights_only=False) if form != "pickle" else pickle.loads(path.read_bytes())
+    assert canary.exists()  # the trap works where the guard is off
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>404</html>", b"PK\x03\x04 cut"])
+def test_files_that_are_no_checkpoint(tmp_path, content, fails):
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    fails(network.main, ["--weights", path], path, "fetch it again")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"weights": torch.zeros(1)}, {"state_dict": {"a": 1}}, {"state_dict": {}}])
+def test_files_without_a_network(tmp_path, content, fails):
+    torch.save(content, tmp_path / "x.pth")
+    fails(network.main, ["--weights", tmp_path / "x.pth"], "x.pth", "wanted")
+
+
+def test_truncated_and_missing(tmp_path, official, fails):
+    (tmp_path / "cut.pth").write_bytes(official.read_bytes()[:10_000_000])
+    fails(network.main, ["--weights", tmp_path / "cut.pth"], "cut.pth", "fetch it again")
+    fails(network.main, ["--weights", tmp_path / "none.pth"], "no such file", "python model.py --download")
+
+
+# ---------------------------------------------------------------------------------------------------------------- the tool
+
+def test_table_of_stages(capsys):
+    network.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and lines[-1].split()[1] == "30,752,646"
+    assert abs(float(lines[-1].split()[-1]) - 2340) < 5  # MFLOP for one ECG
+    assert "(1024, 20)" in lines[-3]
+
+
+def test_verify_a_file_that_is_not_the_release(official, capsys):
+    network.main(["--weights", str(official)])
+    out = capsys.readouterr().out
+    assert "204 tensors loaded, 305 unused" in out and "12 leads, 150 classes" in out and "not the known 12-lead release" in out
+
+
+def test_verify_compares_the_logits_of_the_release(official, monkeypatch, capsys, fails, golden):
+    monkeypatch.setattr(network, "OFFICIAL_SHA256", network.sha256(official))
+    fails(network.main, ["--weights", official], "not the published ones")  # our stand-in has other weights
+    monkeypatch.setattr(network, "OFFICIAL_LOGITS", tuple(golden["model_logits"]["logits_first10"]))
+    network.main(["--weights", str(official)])
+    assert "logits equal the published ones" in capsys.readouterr().out
+
+
+def test_download_checks_the_hash(official, tmp_path, monkeypatch, capsys, fails):
+    monkeypatch.chdir(tmp_path)
+    url = official.as_uri()
+    fails(network.main, ["--download", "--url", url], "not the known release")
+    assert not any((tmp_path / "checkpoints").iterdir())
+    monkeypatch.setattr(network, "OFFICIAL_SHA256", network.sha256(official))
+    monkeypatch.setattr(network, "verify", lambda path: [f"verified {path}"])
+    network.main(["--download", "--url", url])
+    assert "verified checkpoints/12_lead_ECGFounder.pth" in capsys.readouterr().out
+    assert network.sha256(network.OFFICIAL) == network.sha256(official)
+    network.main(["--download", "--url", "file:///nowhere"])  # there already: nothing is fetched
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_copied_alone_it_imports(tmp_path, name):
+    shutil.copy(ROOT / f"{name}.py", tmp_path)
+    subprocess.run([sys.executable, "-c", f"import {name}; assert {name}.__file__.startswith({str(tmp_path)!r})"], cwd=tmp_path, check=True,
+                   env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})

@@ -230,6 +230,59 @@ class Cache(NamedTuple):
     row: dict               # ecg_id -> row of signals, for the records that could be read
 
 
+class CacheFiles(NamedTuple):
+    array: Path             # the finished array
+    about: Path             # its description; written last, so that an array without it does not count
+    part: Path              # the array while it is built
+    log: Path               # what is being built (a line of JSON), then the numbers of the rows that are done
+    unreadable: Path        # csv of the records that could not be read
+
+
+def cache_files(root, how):
+    if how not in PREPROCESSING:
+        raise InputError(f"preprocessing {how!r} is unknown; wanted one of {', '.join(PREPROCESSING)}")
+    return CacheFiles(*(Path(root, "cache", how + end) for end in (".npy", ".json", ".part.npy", ".part.log", ".unreadable.csv")))
+
+
+def source_of(root, how):
+    """What a cache must have been made of to be up to date, and the records' paths."""
+    rows, ecg_id = read_database(root)
+    names = [row["filename_hr"] for row in rows]
+    for name in names:
+        if not name or os.path.isabs(name) or ".." in Path(name).parts:
+            raise InputError(f"{Path(root, TABLES[0])}: filename_hr is {name!r}; wanted a path inside {root}")
+    return {"layout": LAYOUT, "preprocessing": how, "shape": [len(rows), len(LEADS), SAMPLES], "fs": FS,
+            "leads": list(LEADS), "ecg_ids": ecg_id.tolist(), "source": names}, [Path(root, name) for name in names]
+
+
+def parse_description(text, source):
+    """A cache's description, or None where it is damaged, of another layout or of other records."""
+    try:
+        description = json.loads(text)
+        return description if all(description[key] == value for key, value in source.items()) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def read_description(files, source):
+    """The finished cache's description, or None where there is no such cache of `source`."""
+    try:
+        return parse_description(files.about.read_text(), source) if files.array.exists() else None
+    except FileNotFoundError:
+        return None
+
+
+def load_cache(root, how="filter"):
+    """The finished cache as Cache. Raises InputError where there is none or it is not up to date."""
+    files = cache_files(root, how)
+    description = read_description(files, source_of(root, how)[0])
+    if description is None:
+        raise InputError(f"{files.array}: missing or out of date; `python data.py --data {root} --preprocess {how}` builds it")
+    unreadable = {ecg_id for ecg_id, _, _ in description["unreadable"]}
+    row = {ecg_id: i for i, ecg_id in enumerate(description["ecg_ids"]) if ecg_id not in unreadable}
+    return Cache(np.load(files.array, mmap_mode="r"), row)
+
+
 def align(labels, cache):
     """Labels -> (the labels whose record is in the cache, its rows (n,))."""
     there = np.array([i in cache.row for i in labels.ecg_id.tolist()], bool)
@@ -237,70 +290,124 @@ def align(labels, cache):
     return labels, np.array([cache.row[i] for i in labels.ecg_id.tolist()], np.int64)
 
 
-def cache_files(root, how):
-    """The cache's files: finished array and description, the same while being built, marks of progress, unreadable list."""
-    folder = Path(root, "cache")
-    return [folder / f"{how}{end}" for end in (".npy", ".json", ".part.npy", ".part.json", ".done", ".unreadable.csv")]
+def build_cache(root, how="filter", workers=None, skip_unreadable=False):
+    """Preprocess every record of ptbxl_database.csv once into <root>/cache/<how>.npy and describe it in <how>.json.
 
-
-def source_of(root, how):
-    """What a cache must have been made of to be up to date, and the records' paths."""
-    if how not in PREPROCESSING:
-        raise InputError(f"preprocessing {how!r} is unknown; wanted one of {', '.join(PREPROCESSING)}")
-    rows, ecg_id = read_database(root)
-    root, names = Path(root).resolve(), [row["filename_hr"] for row in rows]
-    for name in names:
-        if not name or os.path.isabs(name) or ".." in Path(name).parts:
-            raise InputError(f"{Path(root, TABLES[0])}: filename_hr is {name!r}; wanted a path inside {root}")
-    return {"layout": LAYOUT, "preprocessing": how, "shape": [len(rows), len(LEADS), SAMPLES], "fs": FS,
-            "leads": list(LEADS), "ecg_ids": ecg_id.tolist(), "source": names}, [root / name for name in names]
-
-
-def read_description(path, source):
-    """A cache's description, or None where it is missing, damaged, of another layout or of other records."""
+    Up to date, it returns at once. Killed and started again it goes on from what is done, with the same bytes at the end.
+    Unreadable records are listed and the rest is done; then InputError is raised, unless `skip_unreadable` accepts a cache
+    without them. Every later build tries them again.
+    """
+    import fcntl
+    files, (source, paths) = cache_files(root, how), source_of(root, how)
+    if up_to_date(files, source, paths, how, skip_unreadable):
+        return
+    files.array.parent.mkdir(exist_ok=True)
+    lock = os.open(files.array.parent, os.O_RDONLY)
     try:
-        description = json.loads(path.read_text())
-        return description if all(description[key] == value for key, value in source.items()) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second build waits here, and then finds the work done
+        if up_to_date(files, source, paths, how, skip_unreadable):
+            return
+        done = open_part(files, source)
+        unreadable = fill_part(files, paths, done, how, workers or os.cpu_count())
+        unreadable = [(source["ecg_ids"][row], source["source"][row], why) for row, why in sorted(unreadable)]
+        if unreadable:
+            text = "\n".join(",".join(f'"{field}"' for field in (i, name, why.replace('"', "'"))) for i, name, why in unreadable)
+            write_atomically(files.unreadable, lambda path: path.write_text(f"ecg_id,filename_hr,reason\n{text}\n"))
+            if not skip_unreadable:
+                raise InputError(f"{len(unreadable)} records cannot be read, the first is {unreadable[0][2]}; all are listed in "
+                                 f"{files.unreadable}, the others are cached; fetch them again and run this again, or leave "
+                                 "them out with --skip-unreadable")
+        else:
+            files.unreadable.unlink(missing_ok=True)
+        if files.part.exists():
+            os.replace(files.part, files.array)
+        about = json.dumps({**source, "unreadable": unreadable, "versions": versions()})
+        write_atomically(files.about, lambda path: path.write_text(about))
+        files.log.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
 
 
-def write_json(path, value):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value))
-    os.replace(temporary, path)
+def up_to_date(files, source, paths, how, skip_unreadable):
+    """Whether the finished cache can be used as it is; one built without some records only while they stay unreadable."""
+    description = read_description(files, source)
+    if description is None or (description["unreadable"] and not skip_unreadable):
+        return False
+    missing = {ecg_id for ecg_id, _, _ in description["unreadable"]}
+    return not any(readable(path, how) for ecg_id, path in zip(source["ecg_ids"], paths) if ecg_id in missing)
 
 
-def load_cache(root, how="filter"):
-    """The finished cache as Cache. Raises InputError where there is none or it is not up to date."""
-    final, description_file = cache_files(root, how)[:2]
-    description = read_description(description_file, source_of(root, how)[0])
-    if description is None or not final.exists():
-        raise InputError(f"{final}: missing or out of date; `python data.py --data {root} --preprocess {how}` builds it")
-    signals = np.load(final, mmap_mode="r")
-    unreadable = {i for i, _, _ in description["unreadable"]}
-    return Cache(signals, {i: k for k, i in enumerate(description["ecg_ids"]) if i not in unreadable})
+def readable(path, how):
+    try:
+        prepare(path, how)
+        return True
+    except InputError:
+        return False
 
 
-def prepare(path, how):
-    """A record as the cache keeps it: float16 (12, 5000)."""
-    return preprocess(*read_record(path), how).astype(np.float16)
+def open_part(files, source):
+    """Make `part` and `log` ready to go on from and return the set of rows that are done. Raises InputError if the disk is full."""
+    n = source["shape"][0]
+    first, *lines = files.log.read_text().split("\n")[:-1] if files.log.exists() else [""]  # a torn last line does not count
+    if parse_description(first, source) is not None and (files.part.exists() or len(set(lines)) == n and files.array.exists()):
+        return set(map(int, lines))
+    done, description = set(), read_description(files, source)
+    files.log.unlink(missing_ok=True)
+    if description is not None:  # finished without its unreadable records: only those are to do
+        bad = {ecg_id for ecg_id, _, _ in description["unreadable"]}
+        done = {row for row, ecg_id in enumerate(source["ecg_ids"]) if ecg_id not in bad}
+        files.about.unlink()
+        os.replace(files.array, files.part)
+    else:
+        files.about.unlink(missing_ok=True)
+        size = np.lib.format.open_memmap(files.part, "w+", np.float16, tuple(source["shape"])).nbytes
+        try:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                with open(files.part, "r+b") as f:
+                    os.posix_fallocate(f.fileno(), 0, files.part.stat().st_size)
+        except OSError as error:
+            files.part.unlink()
+            raise InputError(f"{files.array}: {error.strerror}; it wants {size / 1e9:.2g} GB there, make room and run it again") from None
+    lines = [json.dumps(source), *map(str, sorted(done))]
+    write_atomically(files.log, lambda path: path.write_text("\n".join(lines) + "\n"))  # it vouches for the part, so it comes last
+    return done
 
 
-def cache_records(array_path, offset, how, jobs):
-    """Write the records `jobs` [(row, path)] into the array's file; returns [(row, None or why it cannot be read)]."""
-    results = []
-    with open(array_path, "r+b", buffering=0) as f:
-        for row, path in jobs:
-            try:
-                block = memoryview(prepare(path, how)).cast("B")
-                f.seek(offset + row * len(block))
-                while block:  # a raw write may be partial
-                    block = block[f.write(block):]
-                results.append((row, None))
-            except InputError as error:
-                results.append((row, str(error)))
-    return results
+def fill_part(files, paths, done, how, workers):
+    """Do the rows that are left, logging them only once their bytes are on the disk; returns [(row, why it cannot be read)]."""
+    from tqdm import tqdm
+    jobs = [(row, path) for row, path in enumerate(paths) if row not in done]
+    if not jobs:
+        return []
+    unreadable, offset = [], np.load(files.part, mmap_mode="r").offset
+    with tqdm(total=len(paths), initial=len(done), unit="record", desc=f"cache {how}", disable=None) as bar, \
+            open(files.part, "r+b") as part, open(files.log, "a") as log:
+        for results in run_jobs(jobs, files.part, offset, how, workers):
+            os.fsync(part.fileno())
+            log.write("".join(f"{row}\n" for row, why in results if why is None))
+            log.flush()
+            unreadable += [(row, why) for row, why in results if why is not None]
+            bar.update(len(results))
+    return unreadable
+
+
+def run_jobs(jobs, part, offset, how, workers):
+    """write_records over chunks of `jobs` in `workers` processes; yields each chunk's results as they come."""
+    chunks = [jobs[i:i + CHUNK] for i in range(0, len(jobs), CHUNK)]
+    if workers == 1 or len(chunks) == 1:
+        yield from (write_records(chunk, part, offset, how) for chunk in chunks)
+        return
+    import multiprocessing
+    import wfdb, scipy.signal, scipy.ndimage  # noqa: E401,F401  once here rather than in every worker
+    pool = ProcessPoolExecutor(min(workers, len(chunks)), multiprocessing.get_context("fork"), end_with_parent)
+    try:
+        for future in as_completed([pool.submit(write_records, chunk, part, offset, how) for chunk in chunks]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise InputError("a worker was killed, for want of memory perhaps; run the same command again, "
+                         "it goes on from what is done (fewer --workers need less memory)") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def end_with_parent():
@@ -313,154 +420,39 @@ def end_with_parent():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def run_jobs(jobs, workers, array_path, offset, how):
-    """cache_records over chunks of `jobs` in `workers` processes; yields each chunk's results as they come."""
-    chunks = [jobs[i:i + CHUNK] for i in range(0, len(jobs), CHUNK)]
-    if workers == 1 or len(chunks) <= 1:
-        yield from (cache_records(array_path, offset, how, chunk) for chunk in chunks)
-        return
-    import multiprocessing
-    import wfdb, scipy.signal, scipy.ndimage  # noqa: E401,F401  once here rather than in every worker
-    pool = ProcessPoolExecutor(min(workers, len(chunks)), multiprocessing.get_context("fork"), end_with_parent)
+def write_records(jobs, part, offset, how):
+    """Write the records `jobs` [(row, path)] into the array's file; returns [(row, None or why it cannot be read)]."""
+    results = []
+    with open(part, "r+b") as f:
+        for row, path in jobs:
+            try:
+                block = prepare(path, how).tobytes()
+                f.seek(offset + row * len(block))
+                f.write(block)
+                results.append((row, None))
+            except InputError as error:
+                results.append((row, str(error)))
+    return results
+
+
+def prepare(path, how):
+    """A record as the cache keeps it: float16 (12, 5000). Raises InputError that names the path."""
+    signal, fs = read_record(path)
     try:
-        for future in as_completed([pool.submit(cache_records, array_path, offset, how, chunk) for chunk in chunks]):
-            yield future.result()
-    except BrokenProcessPool:
-        raise InputError("a worker was killed, for want of memory perhaps; run the same command again, "
-                         "it goes on from what is done (fewer --workers need less memory)") from None
+        return preprocess(signal, fs, how).astype(np.float16)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def write_atomically(path, write):
+    """Call `write` with a temporary path beside `path`, then give the file its name: it is complete or absent."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def build_cache(root, how="filter", workers=None, skip_unreadable=False):
-    """Preprocess every record of ptbxl_database.csv once into <root>/cache/<how>.npy and describe it in <how>.json.
-
-    Up to date, it returns at once. Killed and started again it goes on from what is done, with the same bytes at the end.
-    Unreadable records are listed and the rest is done; then InputError is raised, unless `skip_unreadable` accepts a cache
-    without them. Every later build tries them again.
-    """
-    import fcntl
-    source, paths = source_of(root, how)
-    final, final_json, part, part_json, done_file, listing = cache_files(root, how)
-    if up_to_date(final, final_json, source, paths, how, skip_unreadable):
-        return
-    final.parent.mkdir(exist_ok=True)
-    lock = os.open(final.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second build waits here, and then finds the work done
-        if up_to_date(final, final_json, source, paths, how, skip_unreadable):
-            return
-        reopen(final, final_json, part, part_json, done_file, source)
-        with open(done_file, "r+b") as f:
-            done = np.frombuffer(f.read(), np.uint8).copy()
-        offset = (part if part.exists() else final).stat().st_size - len(paths) * len(LEADS) * SAMPLES * 2
-        jobs = [(row, str(paths[row])) for row in np.flatnonzero(done == 0)]
-        unreadable = build_rows(jobs, workers or os.cpu_count(), part, offset, how, done, done_file)
-        unreadable = [[source["ecg_ids"][row], source["source"][row], why] for row, why in sorted(unreadable)]
-        if unreadable:
-            write_listing(listing, unreadable)
-            if not skip_unreadable:
-                raise unreadable_error(root, how, unreadable, listing)
-        finish(final, final_json, part, part_json, done_file, {**source, "unreadable": unreadable, "versions": versions()})
-        if not unreadable:
-            listing.unlink(missing_ok=True)
-    finally:
-        os.close(lock)
-
-
-def up_to_date(final, final_json, source, paths, how, skip_unreadable):
-    """Whether the finished cache can be used as it is; one built without some records only while they stay unreadable."""
-    description = read_description(final_json, source)
-    if description is None or not final.exists():
-        return False
-    if not description["unreadable"]:
-        return True
-    if not skip_unreadable:
-        return False
-    path = dict(zip(source["ecg_ids"], paths))
-    for ecg_id, _, _ in description["unreadable"]:
-        try:
-            prepare(path[ecg_id], how)
-            return False
-        except InputError:
-            pass
-    return True
-
-
-def reopen(final, final_json, part, part_json, done_file, source):
-    """Leave a part file, its marks and its description to go on from: what an earlier build left, or new ones."""
-    n = source["shape"][0]
-    description = read_description(final_json, source)
-    if description is not None and final.exists():  # finished without its unreadable records: only those are to do
-        bad = {i for i, _, _ in description["unreadable"]}
-        write_marks(done_file, np.array([i not in bad for i in source["ecg_ids"]], np.uint8))
-        write_json(part_json, source)
-        final_json.unlink()
-        os.replace(final, part)
-    marks = done_file.read_bytes() if done_file.exists() else b""
-    if read_description(part_json, source) is not None and len(marks) == n and (part.exists() or (all(marks) and final.exists())):
-        return
-    part_json.unlink(missing_ok=True)  # it comes last and vouches for the others
-    array = np.lib.format.open_memmap(part, "w+", np.float16, tuple(source["shape"]))
-    size = part.stat().st_size
-    del array
-    try:
-        if hasattr(os, "posix_fallocate"):
-            with open(part, "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, size)
-    except OSError as error:
-        part.unlink()
-        raise InputError(f"{part}: {error.strerror}; the cache wants {size / 1e9:.2g} GB there, make room and run it again") from None
-    write_marks(done_file, np.zeros(n, np.uint8))
-    write_json(part_json, source)
-
-
-def write_marks(path, done):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(done.tobytes())
-    os.replace(temporary, path)
-
-
-def build_rows(jobs, workers, part, offset, how, done, done_file):
-    """Do the jobs, marking what is done only once its bytes are on the disk; returns [(row, why it cannot be read)]."""
-    from tqdm import tqdm
-    unreadable = []
-    if not jobs:
-        return unreadable
-    with tqdm(total=len(done), initial=len(done) - len(jobs), unit="record", desc=f"cache {how}", disable=None) as bar, \
-            open(part, "r+b") as f, open(done_file, "r+b", buffering=0) as marks:
-        for results in run_jobs(jobs, workers, part, offset, how):
-            os.fdatasync(f.fileno())
-            for row, why in results:
-                if why is None:
-                    marks.seek(row)
-                    marks.write(b"\1")
-                else:
-                    unreadable.append((row, why))
-            bar.update(len(results))
-    return unreadable
-
-
-def finish(final, final_json, part, part_json, done_file, description):
-    """Give the files their final names, the description last: a cache without it does not count."""
-    if part.exists():
-        final_json.unlink(missing_ok=True)
-        os.replace(part, final)
-    write_json(final_json, description)
-    part_json.unlink(missing_ok=True)
-    done_file.unlink(missing_ok=True)
-
-
-def write_listing(path, unreadable):
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as f:
-        csv.writer(f).writerows([("ecg_id", "filename_hr", "reason"), *unreadable])
-    os.replace(temporary, path)
-
-
-def unreadable_error(root, how, unreadable, listing):
-    return InputError(f"{len(unreadable)} records cannot be read, the first is {unreadable[0][2]}; all are listed in {listing}, the "
-                      f"others are cached; fetch them again and run this again, or leave them out with --skip-unreadable")
+        temporary.unlink(missing_ok=True)
 
 
 def versions():
@@ -568,10 +560,8 @@ def unpack(archive, root):
             if hashlib.sha256(content).hexdigest() != digest:
                 raise InputError(f"{archive}: {name} does not have the hash of SHA256SUMS.txt; remove the zip and run again")
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(target.name + ".tmp")
-            temporary.write_bytes(content)
-            os.replace(temporary, target)
-        (root / "SHA256SUMS.txt").write_bytes(text)
+            write_atomically(target, lambda path: path.write_bytes(content))
+        write_atomically(root / "SHA256SUMS.txt", lambda path: path.write_bytes(text))
 
 
 def main(argv=None):
@@ -592,7 +582,7 @@ def main(argv=None):
         build_cache(args.data, args.preprocess, args.workers, args.skip_unreadable)
         cache = load_cache(args.data, args.preprocess)
         n, size = len(cache.row), cache.signals.nbytes
-        print(f"{cache_files(args.data, args.preprocess)[0]}: {n:,} records, {size / 1e9:.2f} GB")
+        print(f"{cache_files(args.data, args.preprocess).array}: {n:,} records, {size / 1e9:.2f} GB")
     except (InputError, OSError) as error:
         sys.stderr.write(f"data.py: {error}\n")
         sys.exit(2)

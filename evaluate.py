@@ -211,19 +211,8 @@ def load_predictions(path):
     return found
 
 
-def write_atomically(path, write):
-    """Call `write` with a temporary path beside `path`, then give the file its name: it is complete or absent."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path, value):
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n"))
+    data.write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n"))
 
 
 def predict_record(path, record, device="cpu", plot=None, top=5):
@@ -231,10 +220,7 @@ def predict_record(path, record, device="cpu", plot=None, top=5):
     record = str(record)
     record = record[:-4] if record.endswith((".hea", ".dat")) else record
     model, checkpoint = load_checkpoint(path, device)
-    try:
-        signal = data.prepare(record, checkpoint["preprocessing"])
-    except InputError as error:
-        raise InputError(f"{record}: {str(error).removeprefix(f'{record}: ')}") from None
+    signal = data.prepare(record, checkpoint["preprocessing"])
     prob = probabilities(infer(model, signal[None], np.array([0]), device))[0]
     if plot:
         plot_record(record, plot)
@@ -252,7 +238,7 @@ def plot_record(record, path):
                              sig_units=["mV"] * len(data.LEADS), time_units="seconds", ecg_grids="all", figsize=(16, 22),
                              title=Path(record).name, return_fig=True)
     suffix = Path(path).suffix.lstrip(".") or "png"
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format=suffix, dpi=80, bbox_inches="tight"))
+    data.write_atomically(path, lambda temporary: figure.savefig(temporary, format=suffix, dpi=80, bbox_inches="tight"))
 
 
 def main(argv=None):
@@ -282,7 +268,7 @@ def main(argv=None):
         else:
             predictions = predict_folds(args.model, args.fold, args.data, device, args.batch_size, args.skip_unreadable)
             out = Path(args.out or Path(args.model).with_name("predictions.npz"))
-            write_atomically(out.with_suffix(".npz"), lambda path: np.savez(path.open("wb"), **predictions))
+            data.write_atomically(out.with_suffix(".npz"), lambda path: np.savez(path, **predictions))
         scores = report(predictions["y_true"], predictions["y_prob"], predictions["classes"].tolist(), predictions["patient_id"])
         if args.json:
             write_json(args.json, scores)

@@ -124,9 +124,7 @@ def train_epoch(net, optimizer, scaler, inputs, targets, index, lr_at, clip, aut
         loss = F.binary_cross_entropy_with_logits(logits.float(), targets[torch.as_tensor(index[step], device=device)])
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -220,7 +218,7 @@ def train(args, device, rank=0, world=1):
     targets = torch.from_numpy(labels["train"]).to(device).float()
     inputs["train"] = on_device(*inputs["train"], device)
     say(f"{args.task}, {n_train:,} records to train and {len(labels['val']):,} to validate on, batch {batch_size}"
-        f"{'' if batch_size == args.batch_size else f' (not {args.batch_size}: all there are)'}, "
+        f"{'' if batch_size == args.batch_size else f' (not {args.batch_size})'}, "
         f"{'random initialization' if args.weights == 'none' else args.weights}, {device}"
         f"{f' x {world}' if world > 1 else ''}, amp {args.amp}, seed {args.seed}")
 
@@ -306,14 +304,14 @@ def describe(args, model, classes, history):
 
 
 def save(path, checkpoint):
-    evaluate.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    data.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
 def write_history(out, history, rank):
     """metrics.jsonl anew from the history, so that no kill leaves a torn or doubled line."""
     if rank == 0:
         lines = "".join(json.dumps(line) + "\n" for line in history)
-        evaluate.write_atomically(out / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
+        data.write_atomically(out / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
 
 
 def check_arguments(args, last):

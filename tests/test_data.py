@@ -301,9 +301,9 @@ def test_killed_and_started_again(uncached, demo_set, workers):
     survived = 0
     for delay in (0.05, 0.2, 0.1):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        done = uncached / "cache" / "filter.done"
+        log = uncached / "cache" / "filter.part.log"
         deadline = time.time() + 60
-        while process.poll() is None and not (done.exists() and any(done.read_bytes())) and time.time() < deadline:
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 1) and time.time() < deadline:
             time.sleep(0.005)
         time.sleep(delay)
         survived += process.poll() is None
@@ -327,10 +327,10 @@ def test_it_goes_on_from_what_is_done(uncached, monkeypatch):
     monkeypatch.setattr(data, "prepare", stop_at_40)
     with pytest.raises(SystemExit) as stop:
         data.main(["--data", str(uncached), "--workers", "1"])
-    assert stop.value.code == 130 and files(uncached) == ["filter.done", "filter.part.json", "filter.part.npy"]
+    assert stop.value.code == 130 and files(uncached) == ["filter.part.log", "filter.part.npy"]
     before, read[:] = len(read), [None] * 40
     data.build_cache(uncached, workers=1)
-    assert before == 40 and len(read) - 40 == 60 - data.CHUNK  # the first chunk was marked as done
+    assert before == 40 and len(read) - 40 == 60 - data.CHUNK  # the first chunk was logged as done
 
 
 def test_two_at_once_end_with_one_right_cache(uncached, demo_set):

@@ -476,17 +476,18 @@ def batches(signals, rows, device="cpu"):
     def load(index):
         batch = torch.from_numpy(signals[index])  # a copy of these rows alone
         if torch.device(device).type == "cuda":
-            return batch.pin_memory().to(device, non_blocking=True).float()
-        return batch.float()
+            with torch.cuda.device(device):  # a thread begins on the first GPU
+                return batch.pin_memory().to(device, non_blocking=True)
+        return batch
 
     with ThreadPoolExecutor(1) as pool:
         ahead = None
         for index in rows:
             ahead, batch = pool.submit(load, index), ahead
             if batch is not None:
-                yield batch.result()
+                yield batch.result().float()
         if ahead is not None:
-            yield ahead.result()
+            yield ahead.result().float()
 
 
 # -------------------------------------------------------------------------------------------------------------- download

@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 sys.path[:0] = [str(ROOT), str(TESTS)]
+
+
+settings.register_profile("patient", deadline=None)  # machines are shared: no test depends on wall time
+settings.load_profile("patient")
 
 
 def pytest_configure(config):

@@ -1,6 +1,9 @@
 """The obvious way, as the reference of the parity tests and of the benchmark: ECGFounder's network written down step by step
-after its description, and stochastic depth as a 0/1 mask on branches that are computed for every sample."""
+after its description, stochastic depth as a 0/1 mask on branches that are computed for every sample, records read and
+filtered whenever they are needed, and a bootstrap that calls scikit-learn for every draw."""
 import math
+
+import numpy as np
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +40,9 @@ class PlainBlock(nn.Module):
         self.stride, self.first, self.drop_path = stride, first, drop_path
         self.in_channels, self.out_channels = in_channels, out_channels
 
+    def mask(self, x):
+        return (torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path) / (1 - self.drop_path)
+
     def forward(self, x):
         out = x if self.first else swish(x)
         out = self.conv1(out)
@@ -45,8 +51,7 @@ class PlainBlock(nn.Module):
         gate = torch.sigmoid(self.se_fc2(swish(self.se_fc1(out.mean(-1)))))
         out = torch.einsum("abc,ab->abc", out, gate)
         if self.training and self.drop_path:
-            keep = (torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path).to(out.dtype)
-            out = out * keep / (1 - self.drop_path)
+            out = out * self.mask(x).to(out.dtype)
         if self.stride > 1:
             x = F.max_pool1d(F.pad(x, (0, self.stride - 1)), self.stride)
         if self.out_channels > self.in_channels:
@@ -86,3 +91,21 @@ class PlainNet1D(nn.Module):
 
     def forward(self, x):
         return self.dense(self.forward_features(x))
+
+
+def read_and_filter(path):
+    """A WFDB record -> float32 (12, 5000), filtered and normalised as ECGFounder's authors do."""
+    import scipy.signal
+    import wfdb
+    x = wfdb.rdrecord(str(path)).p_signal.T
+    x = scipy.signal.filtfilt(*scipy.signal.iirnotch(50, 30, 500), x)
+    x = scipy.signal.filtfilt(*scipy.signal.butter(4, [0.67, 40], "bandpass", fs=500), x)
+    x = x - np.stack([scipy.signal.medfilt(lead, 201) for lead in x])
+    return ((x - x.mean()) / (x.std() + 1e-8)).astype(np.float32)
+
+
+def bootstrap(y_true, y_prob, weights):
+    """Macro AUROC and AUPRC for every row of `weights` (draws, N): a loop over draws and classes."""
+    from sklearn.metrics import average_precision_score, roc_auc_score
+    return np.array([[np.mean([score(y_true[:, c], y_prob[:, c], sample_weight=w) for c in range(y_true.shape[1])])
+                      for score in (roc_auc_score, average_precision_score)] for w in weights])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import scipy.signal
 import wfdb
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import data
 from conftest import ROOT
@@ -230,7 +230,7 @@ def test_what_is_too_short_or_no_signal(signal, fs, words):
 
 
 @given(scale=st.floats(0.05, 50), shift=st.floats(-5, 5), how=st.sampled_from(("filter", "zscore")))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_scale_and_shift_change_nothing(scale, shift, how):
     np.testing.assert_allclose(data.preprocess(SIGNAL * scale + shift, 500, how), data.preprocess(SIGNAL, 500, how), atol=2e-4)
 

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import data
@@ -35,14 +35,12 @@ def by_sklearn(y, prob, weight=None):
 
 
 @given(scored())
-@settings(deadline=None)
 def test_equal_to_scikit_learn(case):
     y, prob, _ = case
     np.testing.assert_allclose(evaluate.auroc_auprc(y, prob), by_sklearn(y, prob), atol=1e-12)
 
 
 @given(scored())
-@settings(deadline=None)
 def test_equal_to_scikit_learn_with_weights(case):
     y, prob, weight = case
     got = np.array(evaluate.auroc_auprc(y, prob, weight))
@@ -58,7 +56,6 @@ def test_equal_to_scikit_learn_with_weights(case):
 
 
 @given(scored())
-@settings(deadline=None)
 def test_monotone_maps_change_nothing_and_the_complement_mirrors(case):
     y, prob, _ = case
     np.testing.assert_allclose(evaluate.auroc_auprc(y, prob), evaluate.auroc_auprc(y, prob**3 / 2), atol=1e-12)

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import model as network
 from conftest import ROOT
@@ -141,7 +141,6 @@ def test_rates_of_both_modes():
 
 
 @given(p=st.floats(0, 0.999), batch=st.integers(1, 300))
-@settings(deadline=None)
 def test_kept_count(p, batch):
     block = network.Block(16, 16, 1, p, True)
     assert block.kept(batch) == max(1, int(np.floor((1 - p) * batch + 0.5)))

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -128,8 +127,7 @@ def infer(function, signals, rows, device, batch_size=64, amp=None):
     signals: see data.batches. amp: None for float32, or the dtype of autocast.
     """
     parts = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-    autocast = torch.autocast(torch.device(device).type, amp) if amp else nullcontext()
-    with torch.inference_mode(), autocast:
+    with torch.inference_mode(), torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
         outputs = [function(x).float() for x in data.batches(signals, parts, device)]
     return torch.cat(outputs).cpu().numpy()
 

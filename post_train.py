@@ -17,7 +17,7 @@ import resource
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -55,6 +55,12 @@ def stages_of(args):
     finetune = {"post": Stage("finetune", args.epochs, "adamw", args.lr, 0.05, "cosine", 1e-5, 1.0),
                 "baseline": Stage("finetune", args.epochs, "adam", args.lr, 1e-5, "plateau", 0.0, None)}
     return probe, finetune[args.strategy]
+
+
+class Split(NamedTuple):
+    array: object           # the cache's memory map (N, 12, 5000), a tensor of such signals, or one of features (n, 1024)
+    rows: np.ndarray        # (n,), record i is array[rows[i]]
+    y: torch.Tensor         # (n, L) float32 of 0 and 1, on the device
 
 
 class NonFinite(ArithmeticError):
@@ -104,42 +110,45 @@ def make_optimizer(stage, parameters):
     return torch.optim.AdamW(groups, weight_decay=stage.weight_decay, fused=True)
 
 
-def train_epoch(net, optimizer, scaler, inputs, targets, index, lr_at, clip, autocast, progress):
-    """One pass over the batches `index` of `inputs` = (signals or features, rows); returns (mean loss, steps skipped).
+def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None, title=None):
+    """One pass over the batches `index` of `split` with the learning rates `rates`; returns (mean loss, steps skipped).
 
     scaler: torch's GradScaler, which does nothing unless it is enabled (fp16); steps with infinite gradients are skipped.
-    Raises NonFinite for a loss, or without the scaler a gradient, that is not finite.
+    amp: dtype of autocast, None for float32. title: of the progress bar, None for none. Raises NonFinite for a loss, or
+    without the scaler a gradient, that is not finite.
     """
+    from tqdm import tqdm
     net.train()
-    array, rows = inputs
+    device = split.y.device
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    device = targets.device
     check_every = 1 if device.type == "cpu" else 16  # each check waits for the GPU
     losses, norms = [], []
-    for step, x in enumerate(progress(data.batches(array, (rows[i] for i in index), device))):
+    batches = data.batches(split.array, (split.rows[i] for i in index), device)
+    for step, x in enumerate(tqdm(batches, title, len(index), leave=False, unit="step", disable=None if title else True)):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step)
-        with autocast:
+            group["lr"] = rates[step]
+        with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = net(x)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), targets[torch.as_tensor(index[step], device=device)])
+        loss = F.binary_cross_entropy_with_logits(logits.float(), split.y[torch.as_tensor(index[step], device=device)])
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf))
+        losses.append(loss.detach())
+        if (step + 1) % check_every == 0 or step + 1 == len(index):
+            check_finite(losses, norms, scaler.is_enabled(), len(index))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        losses.append(loss.detach())
-        norms.append(norm)
-        if (step + 1) % check_every == 0 or step + 1 == len(index):
-            checked = len(losses) - 1 - step % check_every
-            bad = ~torch.stack(losses[checked:]).isfinite()
-            if not scaler.is_enabled():
-                bad |= ~torch.stack(norms[checked:]).isfinite()
-            if bad.any():
-                at = checked + int(bad.nonzero()[0])
-                raise NonFinite(f"the loss is {losses[at]:g}, the gradient norm {norms[at]:g} at step {at + 1} of {len(index)}")
     skipped = int((~torch.stack(norms).isfinite()).sum())
     return float(across_ranks(torch.stack(losses).mean())), skipped
+
+
+def check_finite(losses, norms, scaled, steps):
+    """Raise NonFinite for the first loss so far (or gradient norm, unless a scaler skips those) that is not finite."""
+    good = torch.stack(losses).isfinite() & (torch.stack(norms).isfinite() | scaled)
+    if not good.all():
+        at = int((~good).nonzero()[0])
+        raise NonFinite(f"the loss is {losses[at]:g} and the gradient norm {norms[at]:g} at step {at + 1} of {steps}")
 
 
 def across_ranks(value):
@@ -149,31 +158,30 @@ def across_ranks(value):
     return value
 
 
-def infer_all(function, inputs, device, batch_size, amp):
+def infer_all(function, split, device, batch_size, amp):
     """evaluate.infer, shared out over the ranks: each takes a strided slice, every rank gets the whole, in order."""
-    array, rows = inputs
     if not dist.is_initialized():
-        return evaluate.infer(function, array, rows, device, batch_size, amp)
+        return evaluate.infer(function, split.array, split.rows, device, batch_size, amp)
     rank, world = dist.get_rank(), dist.get_world_size()
-    mine = evaluate.infer(function, array, rows[rank::world], device, batch_size, amp) if rank < len(rows) else None
     parts = [None] * world
-    dist.all_gather_object(parts, mine)
-    whole = np.empty((len(rows), *parts[0].shape[1:]), np.float32)
+    mine = split.rows[rank::world]
+    dist.all_gather_object(parts, evaluate.infer(function, split.array, mine, device, batch_size, amp) if len(mine) else None)
+    whole = np.empty((len(split.rows), *parts[0].shape[1:]), np.float32)
     for r, part in enumerate(parts):
         if part is not None:
             whole[r::world] = part
     return whole
 
 
-def on_device(signals, rows, device):
-    """(signals, rows) for data.batches: on a GPU with room to spare the signals themselves, else the cache's memory map."""
-    size = len(rows) * signals[0].nbytes
-    if device.type != "cuda" or size > 0.25 * torch.cuda.mem_get_info(device)[0]:
-        return signals, rows
+def on_device(split, device):
+    """The split with its signals on the GPU, where there is one with room to spare; else as it is."""
+    signals, rows, _ = split
+    if device.type != "cuda" or len(rows) * signals[0].nbytes > 0.25 * torch.cuda.mem_get_info(device)[0]:
+        return split
     resident = torch.empty((len(rows), *signals.shape[1:]), dtype=torch.float16, device=device)
     for i in range(0, len(rows), 256):
         resident[i:i + 256] = torch.from_numpy(signals[rows[i:i + 256]]).to(device)
-    return resident, np.arange(len(rows))
+    return split._replace(array=resident, rows=np.arange(len(rows)))
 
 
 def peak_memory_mb(device):
@@ -182,13 +190,13 @@ def peak_memory_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def validate(function, inputs, targets, device, batch_size, amp):
+def validate(function, split, device, amp):
     """Mean loss, macro AUROC and macro AUPRC of one fold (None where undefined), by the one metric of evaluate.py."""
-    logits = infer_all(function, inputs, device, batch_size, amp)
-    loss = float(F.binary_cross_entropy_with_logits(torch.from_numpy(logits), torch.from_numpy(targets).float()))
+    logits, y = infer_all(function, split, device, 64, amp), split.y.cpu()
+    loss = float(F.binary_cross_entropy_with_logits(torch.from_numpy(logits), y))
     if not math.isfinite(loss):
         raise NonFinite(f"the validation loss is {loss:g}")
-    scores = [evaluate.macro(m) for m in evaluate.auroc_auprc(targets, evaluate.probabilities(logits))]
+    scores = [evaluate.macro(m) for m in evaluate.auroc_auprc(y.numpy(), evaluate.probabilities(logits))]
     return loss, *(None if np.isnan(s) else float(s) for s in scores)
 
 
@@ -198,13 +206,13 @@ def train(args, device, rank=0, world=1):
     """Train both stages from where the run stands; leaves best.pt, last.pt and metrics.jsonl in args.out."""
     say = print if rank == 0 else lambda *a, **k: None
     out, amp = Path(args.out), AMP[args.amp]
-    labels, inputs = load_splits(args)
-    n_train = len(labels["train"])
-    batch_size = min(args.batch_size, n_train) // world * world
+    classes, train_split, val_split = load_splits(args, device)
+    n = len(train_split.rows)
+    batch_size = min(args.batch_size, n) // world * world
     if not batch_size:
-        raise InputError(f"{n_train} training records, batch size {args.batch_size}, {world} processes; wanted at least one record each")
+        raise InputError(f"{n} training records and batch size {args.batch_size} for {world} processes; wanted at least one record each")
     torch.manual_seed(args.seed)
-    model = network.ecgfounder(labels["train"].shape[1], drop_path=args.drop_path, drop_path_mode=args.drop_path_mode, dropout=args.dropout)
+    model = network.ecgfounder(len(classes), drop_path=args.drop_path, drop_path_mode=args.drop_path_mode, dropout=args.dropout)
     last = evaluate.load_checkpoint(out / "last.pt")[1] if args.resume and (out / "last.pt").exists() else None
     if last:
         check_arguments(args, last)
@@ -212,15 +220,13 @@ def train(args, device, rank=0, world=1):
         say(f"going on after {last['stage']} epoch {last['epoch']}")
     elif args.weights != "none":
         network.load_pretrained(model, args.weights)
+    model.to(device)
     history = last["history"] if last else []
     write_history(out, history, rank)
-    model.to(device)
-    targets = torch.from_numpy(labels["train"]).to(device).float()
-    inputs["train"] = on_device(*inputs["train"], device)
-    say(f"{args.task}, {n_train:,} records to train and {len(labels['val']):,} to validate on, batch {batch_size}"
+    say(f"{args.task}, {n:,} records to train and {len(val_split.rows):,} to validate on, batch {batch_size}"
         f"{'' if batch_size == args.batch_size else f' (not {args.batch_size})'}, "
-        f"{'random initialization' if args.weights == 'none' else args.weights}, {device}"
-        f"{f' x {world}' if world > 1 else ''}, amp {args.amp}, seed {args.seed}")
+        f"{'random initialization' if args.weights == 'none' else args.weights}, {device}{f' x {world}' if world > 1 else ''}, "
+        f"amp {args.amp}, seed {args.seed}")
 
     for stage in stages_of(args):
         first = sum(line["stage"] == stage.name for line in history)
@@ -229,12 +235,12 @@ def train(args, device, rank=0, world=1):
         if stage.name == "probe":  # the backbone is frozen: run it once, in eval mode, and train the head on what it gives
             started = time.perf_counter()
             model.eval()
-            stage_inputs = {split: (torch.from_numpy(infer_all(model.forward_features, inputs[split], device, batch_size // world, amp)).to(device),
-                                    np.arange(len(labels[split]))) for split in ("train", "val")}
+            splits = [Split(torch.from_numpy(infer_all(model.forward_features, split, device, 64, amp)).to(device),
+                            np.arange(len(split.rows)), split.y) for split in (train_split, val_split)]
             trained, stage_amp = torch.nn.Sequential(model.dropout, model.dense), None
-            say(f"features of {n_train + len(labels['val']):,} records in {time.perf_counter() - started:.1f} s")
+            say(f"features of {n + len(val_split.rows):,} records in {time.perf_counter() - started:.1f} s")
         else:
-            stage_inputs, trained, stage_amp = inputs, model, amp
+            splits, trained, stage_amp = (on_device(train_split, device), val_split), model, amp
         optimizer = make_optimizer(stage, list(trained.parameters()))
         scaler = torch.amp.GradScaler(device.type, enabled=stage_amp == torch.float16)
         if first:
@@ -243,29 +249,27 @@ def train(args, device, rank=0, world=1):
         net = torch.compile(trained) if args.compile and trained is model else trained
         if world > 1:
             net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
-        autocast = torch.autocast(device.type, stage_amp) if stage_amp else nullcontext()
 
         for epoch in range(first, stage.epochs):
             started = time.perf_counter()
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             torch.manual_seed(epoch_seed(args.seed, stage.name, epoch, 1 + rank))
-            index = epoch_batches(n_train, batch_size, epoch_seed(args.seed, stage.name, epoch), rank, world)
+            index = epoch_batches(n, batch_size, epoch_seed(args.seed, stage.name, epoch), rank, world)
             aurocs = [line["macro_auroc"] for line in history if line["stage"] == stage.name]
-            lr_at = lambda step: learning_rate(stage, (epoch + step / len(index)) / stage.epochs, aurocs)
-            bar = lambda steps: progress_bar(steps, len(index), f"{stage.name} {epoch + 1}/{stage.epochs}", rank)
+            rates = [learning_rate(stage, (epoch + step / len(index)) / stage.epochs, aurocs) for step in range(len(index))]
+            title = None if rank else f"{stage.name} {epoch + 1}/{stage.epochs}"
             try:
-                train_loss, skipped = train_epoch(net, optimizer, scaler, stage_inputs["train"], targets, index, lr_at, stage.clip, autocast, bar)
-                trained_seconds = time.perf_counter() - started
-                trained.eval()
-                val_loss, auroc, auprc = validate(trained, stage_inputs["val"], labels["val"], device, 64, stage_amp)
+                train_loss, skipped = train_epoch(net, optimizer, scaler, splits[0], index, rates, stage.clip, stage_amp, title)
+                training_seconds = time.perf_counter() - started
+                val_loss, auroc, auprc = validate(trained.eval(), splits[1], device, stage_amp)
             except NonFinite as error:
                 raise NonFinite(f"{stage.name} epoch {epoch + 1}: {error}") from None
-            history.append({"stage": stage.name, "epoch": epoch + 1, "lr": lr_at(0), "train_loss": train_loss, "val_loss": val_loss,
+            history.append({"stage": stage.name, "epoch": epoch + 1, "lr": rates[0], "train_loss": train_loss, "val_loss": val_loss,
                             "macro_auroc": auroc, "macro_auprc": auprc, "seconds": time.perf_counter() - started,
-                            "ecgs_per_second": len(index) * batch_size / trained_seconds, "peak_memory_mb": peak_memory_mb(device)})
+                            "ecgs_per_second": len(index) * batch_size / training_seconds, "peak_memory_mb": peak_memory_mb(device)})
             if rank == 0:
-                checkpoint = describe(args, model, labels["classes"], history)
+                checkpoint = describe(args, model, classes, history)
                 if best_epoch(history, stages_of(args)) == len(history) - 1:
                     save(out / "best.pt", checkpoint)
                 save(out / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
@@ -273,19 +277,17 @@ def train(args, device, rank=0, world=1):
             say(epoch_line(history[-1], stage.epochs, skipped), flush=True)
 
 
-def load_splits(args):
-    """({"train", "val": labels (n, L), "classes"}, {"train", "val": (signals, rows)}); fold 10 is only counted, not read."""
+def load_splits(args, device):
+    """(classes, training Split, validation Split); fold 10 is only counted, not read."""
     labels = data.load_labels(args.data, args.task)
-    data.build_cache(args.data, args.preprocess, skip_unreadable=args.skip_unreadable)
     cache = data.load_cache(args.data, args.preprocess)
     labels, rows = data.align(labels, cache)
-    for folds in (data.TRAIN_FOLDS, [data.VAL_FOLD], [data.TEST_FOLD]):
+    for folds, name in ((data.TRAIN_FOLDS, "folds 1-8"), ([data.VAL_FOLD], "fold 9"), ([data.TEST_FOLD], "fold 10")):
         if not np.isin(labels.fold, folds).any():
-            raise InputError(f"{args.data}: no record of {args.task} in fold {'1-8' if len(folds) > 1 else folds[0]}; wanted PTB-XL's ten folds")
+            raise InputError(f"{args.data}: no record of {args.task} in {name}; wanted PTB-XL's ten folds")
     train = data.subset(np.flatnonzero(np.isin(labels.fold, data.TRAIN_FOLDS)), args.frac, args.seed)
     val = np.flatnonzero(labels.fold == data.VAL_FOLD)
-    return ({"train": labels.y[train], "val": labels.y[val], "classes": labels.classes},
-            {"train": (cache.signals, rows[train]), "val": (cache.signals, rows[val])})
+    return labels.classes, *(Split(cache.signals, rows[i], torch.from_numpy(labels.y[i]).float().to(device)) for i in (train, val))
 
 
 def best_epoch(history, stages):
@@ -319,11 +321,6 @@ def check_arguments(args, last):
                if key not in FREE_ARGUMENTS and last["args"].get(key) != value]
     if changed:
         raise InputError(f"{args.out}/last.pt was begun with other arguments ({'; '.join(changed)}); give the same ones, or another --out")
-
-
-def progress_bar(steps, total, title, rank):
-    from tqdm import tqdm
-    return tqdm(steps, title, total, leave=False, unit="step", disable=True if rank else None)
 
 
 def epoch_line(line, epochs, skipped):
@@ -402,19 +399,35 @@ def run(args):
     if args.resume and not (out / "last.pt").exists():
         print(f"{out}: no last.pt to go on from, starting anew")
     out.mkdir(parents=True, exist_ok=True)
-    data.build_cache(args.data, args.preprocess, skip_unreadable=args.skip_unreadable)  # may take longer than the ranks wait for each other
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        train(args, device, rank, world)
-    finally:
+    data.build_cache(args.data, args.preprocess, skip_unreadable=args.skip_unreadable)  # may take longer than ranks wait for each other
+    with locked(out) if rank == 0 else nullcontext():
         if world > 1:
-            dist.destroy_process_group()
-    if rank == 0:
-        p = evaluate.predict_folds(out / "best.pt", [data.TEST_FOLD], args.data, device)
-        scores = evaluate.report(p["y_true"], p["y_prob"], p["classes"].tolist(), p["patient_id"])
-        evaluate.write_json(out / "test.json", scores)
-        print("\n".join(["test fold 10 with best.pt:", *evaluate.table(scores)[:4]]))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            train(args, device, rank, world)
+        finally:
+            if world > 1:
+                dist.destroy_process_group()
+        if rank == 0:
+            p = evaluate.predict_folds(out / "best.pt", [data.TEST_FOLD], args.data, device)
+            scores = evaluate.report(p["y_true"], p["y_prob"], p["classes"].tolist(), p["patient_id"])
+            evaluate.write_json(out / "test.json", scores)
+            print("\n".join(["test fold 10 with best.pt:", *evaluate.table(scores)[:4]]))
+
+
+@contextmanager
+def locked(folder):
+    """Keep other processes from training in the same folder."""
+    import fcntl
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another process is training there; wait for it, or give another --out") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def stop(number, frame):

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -142,15 +141,20 @@ def gradients_agree(ours, obvious, x, y, tolerance=1e-5):
     return same(*results, tolerance)
 
 
+def peak_rss():
+    """Megabytes this process has held at its peak. (getrusage would count those of the process that started it.)"""
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+
 def peak_memory(drop_path, which, batch):
     """Megabytes that forward and backward of a fresh process add at their peak."""
     code = (f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-            "import benchmark as b, torch, resource\n"
+            "import benchmark as b, torch\n"
             f"net = b.networks({drop_path})[{which}]\n"
             f"x, y = torch.randn({batch}, 12, 5000), torch.zeros({batch}, b.CLASSES)\n"
-            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "before = b.peak_rss()\n"
             "b.passes(net, x, y)\n"
-            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)")
+            "print(b.peak_rss() - before)")
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
@@ -187,7 +191,7 @@ def probe(args, folder, n=64, epochs=30, timed=2):
         optimizer = post_train.make_optimizer(stage, list(head.parameters()))
         scaler = torch.amp.GradScaler(enabled=False)
         for _ in range(count):
-            post_train.train_epoch(forward, optimizer, scaler, inputs, y, index, lambda step: 5e-3, None, nullcontext(), iter)
+            post_train.train_epoch(forward, optimizer, scaler, post_train.Split(*inputs, y), index, [5e-3] * len(index))
         return head.weight.detach().clone()
 
     class Frozen(torch.nn.Module):  # the obvious way: the backbone in every epoch
@@ -252,8 +256,8 @@ def bf16(args, folder):
         net = networks(0.5)[0]
         stage = post_train.stages_of(post_train.parse(["--task", "all71"]))[1]
         steps[name] = lambda net=net, dtype=dtype, optimizer=post_train.make_optimizer(stage, list(net.parameters())): post_train.train_epoch(
-            net, optimizer, torch.amp.GradScaler(enabled=False), (signals, np.arange(args.batch)), y, [np.arange(args.batch)],
-            lambda step: 1e-6, 1.0, autocast(args.device, dtype), iter)
+            net, optimizer, torch.amp.GradScaler(enabled=False), post_train.Split(signals, np.arange(args.batch), y), [np.arange(args.batch)],
+            [1e-6], 1.0, dtype)
         torch.manual_seed(1)
         losses[name] = steps[name]()[0]
     t = side_by_side(steps, args.rounds)
@@ -269,7 +273,6 @@ def bootstrap(args, folder, n=2203, draws=1000, timed=2):
     weights = np.random.default_rng(0).exponential(size=(draws, n))[:timed]
     ours = evaluate.bootstrap(y, prob, draws=draws)
     agreement = same([ours[:timed]], [plain.bootstrap(y, prob, weights)], 1e-9)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     t = side_by_side({"ours": lambda: evaluate.bootstrap(y, prob, draws=draws), "obvious": lambda: plain.bootstrap(y, prob, weights)}, 3, warm=0)
     import tracemalloc
     tracemalloc.start()
@@ -308,16 +311,17 @@ def whole(args, folder, dtype=None, n=256, timed=64):
     y = cached(timed)[1]
     ours, obvious = networks(0.5)
     probe_stage, stage = post_train.stages_of(post_train.parse(["--task", "all71"]))
-    index = [np.arange(i, i + 32) for i in range(0, timed, 32)]
+    index = [np.arange(timed)]
     optimizers = {net: post_train.make_optimizer(stage, list(net.parameters())) for net in (ours, obvious)}
     heads = {net: post_train.make_optimizer(probe_stage, list(net.dense.parameters())) for net in (ours, obvious)}
-    common = dict(scaler=torch.amp.GradScaler(enabled=False), targets=y, index=index, lr_at=lambda step: 1e-6, progress=iter)
+    common = dict(scaler=torch.amp.GradScaler(enabled=False), index=index, rates=[1e-6] * len(index))
 
     def ours_features():
-        return torch.from_numpy(evaluate.infer(ours.eval().forward_features, signals, np.arange(timed), "cpu", 64, dtype)), np.arange(timed)
+        found = evaluate.infer(ours.eval().forward_features, signals, np.arange(timed), "cpu", 64, dtype)
+        return post_train.Split(torch.from_numpy(found), np.arange(timed), y)
 
     def ours_epoch():
-        post_train.train_epoch(ours, optimizers[ours], inputs=(signals, np.arange(timed)), clip=1.0, autocast=autocast(args.device, dtype), **common)
+        post_train.train_epoch(ours, optimizers[ours], split=post_train.Split(signals, np.arange(timed), y), clip=1.0, amp=dtype, **common)
 
     def obvious_epoch(training):
         for i in index:
@@ -333,12 +337,12 @@ def whole(args, folder, dtype=None, n=256, timed=64):
     features = ours_features()
     t = side_by_side({
         "features": ours_features,
-        "probe": lambda: post_train.train_epoch(ours.dense, heads[ours], inputs=features, clip=None, autocast=nullcontext(), **common),
+        "probe": lambda: post_train.train_epoch(ours.dense, heads[ours], split=features, **common),
         "finetune": ours_epoch, "obvious probe": lambda: obvious_epoch(False), "obvious finetune": lambda: obvious_epoch(True)}, max(3, args.rounds // 2))
     scale = n / timed
     return row(f"whole run, probe 30 + fine-tune 30, {dtype_name(dtype)}", scale * (t["features"] + 30 * t["probe"] + 30 * t["finetune"]),
                scale * 30 * (t["obvious probe"] + t["obvious finetune"]), "s", "by the rows above",
-               f"{n} ECGs, batch 32, drop path 0.5; against the plain ways in float32; one epoch of {timed} ECGs timed, extrapolated", "4x" if dtype is None else "6x")
+               f"{n} ECGs, batch {timed}, drop path 0.5; against the plain ways in float32; one epoch of {timed} ECGs timed, extrapolated", "4x" if dtype is None else "6x")
 
 
 def whole_bf16(args, folder):
@@ -368,13 +372,14 @@ def floor(args, folder):
             ours = networks(drop_path, device=args.device)[0]
             x, y = torch.randn(args.batch, 12, 5000, device=args.device), torch.zeros(args.batch, CLASSES, device=args.device)
             from torch.utils.flop_counter import FlopCounterMode
-            with FlopCounterMode(display=False) as counter:
-                passes(ours, x[:8], y[:8])
-            gflop = counter.get_total_flops() / 8 / 1e9
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                ours(x[:8])
+            gflop = 3 * counter.get_total_flops() / 8 / 1e9  # the backward pass takes twice the forward's
             rate = product_rate(args.device, dtype or torch.float32)
             seconds = side_by_side({"step": lambda: passes(ours, x, y, dtype)}, args.rounds, args.device)["step"] / args.batch
-            results.append(row(f"floor, drop path {drop_path}, {dtype_name(dtype)}", seconds * 1e3, gflop / rate * 1e3, "ms/ECG", "",
-                               f"{gflop:.1f} GFLOP an ECG at {rate:,.0f} GFLOP/s; the ratio is the share of the floor reached"))
+            results.append(row(f"step against its floor, drop path {drop_path}, {dtype_name(dtype)}", seconds * 1e3, None, "ms/ECG", "",
+                               f"floor {gflop / rate * 1e3:.1f} ms: {gflop:.2f} GFLOP an ECG at the matrix product's {rate:,.0f} GFLOP/s; "
+                               f"{gflop / rate / seconds:.0%} of it reached"))
     return results
 
 
@@ -385,17 +390,17 @@ def scale(args, folder):
         root = made_up_set(folder / f"scale{n}", n)
         code = (f"import sys, time, resource; sys.path.insert(0, {str(ROOT)!r}); import data\nimport wfdb, scipy.signal, scipy.ndimage, tqdm\n"
                 f"t = time.perf_counter(); data.build_cache({str(root)!r}, workers=2); print(time.perf_counter() - t)\n"
-                "print(max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024)")
+                "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)")
         seconds, memory = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
-        results.append(row(f"cache of {n:,}", seconds / n * 1e3, None, "ms/ECG", "", f"2 workers, peak {memory:,.0f} MB in one process", "flat"))
+        results.append(row(f"cache of {n:,}", seconds / n * 1e3, None, "ms/ECG", "", f"2 workers, peak {memory:,.0f} MB each", "flat"))
     net = networks(0.5)[0]
     stage = post_train.stages_of(post_train.parse(["--task", "all71"]))[1]
     optimizer = post_train.make_optimizer(stage, list(net.parameters()))
     for n in (500, 1000, 2000):
         signals, y = data.load_cache(folder / f"scale{n}").signals, torch.zeros(n, CLASSES)
         index = post_train.epoch_batches(n, 32, 0, 0, 1)
-        t = side_by_side({"epoch": lambda: post_train.train_epoch(net, optimizer, torch.amp.GradScaler(enabled=False), (signals, np.arange(n)), y, index,
-                                                                  lambda step: 1e-6, 1.0, autocast(args.device, torch.bfloat16), iter)}, 1, warm=0)
+        t = side_by_side({"epoch": lambda: post_train.train_epoch(net, optimizer, torch.amp.GradScaler(enabled=False), post_train.Split(signals, np.arange(n), y),
+                                                                  index, [1e-6] * len(index), 1.0, torch.bfloat16)}, 1, warm=0)
         results.append(row(f"training epoch of {n:,}", t["epoch"] / (len(index) * 32) * 1e3, None, "ms/ECG", "", "bf16, batch 32, drop path 0.5, from the memory map", "flat"))
     return results
 
@@ -452,8 +457,8 @@ def resident(args, folder, n=4096):
     index = post_train.epoch_batches(n, 256, 0, 0, 1)
     sources = {"ours": (torch.from_numpy(signals).to(args.device), np.arange(n)), "obvious": (signals, np.arange(n)),
                "no data": (torch.from_numpy(signals[:256]).to(args.device), np.arange(n) % 256)}
-    t = side_by_side({name: lambda s=s: post_train.train_epoch(net, optimizer, scaler, s, y.to(args.device), index, lambda step: 1e-6, 1.0,
-                                                               autocast(args.device, torch.float16), iter) for name, s in sources.items()}, 3, args.device)
+    t = side_by_side({name: lambda s=s: post_train.train_epoch(net, optimizer, scaler, post_train.Split(*s, y.to(args.device)), index, [1e-6] * len(index), 1.0,
+                                                               torch.float16) for name, s in sources.items()}, 3, args.device)
     return row("epoch, signals on the device", t["ours"] / n * 1e3, t["obvious"] / n * 1e3, "ms/ECG", "", f"against pinned host batches; {t['no data'] / t['ours']:.3f} "
                "of the time is needed without any data to fetch", "no step waits")
 
@@ -464,14 +469,14 @@ def schedule(args, folder, n=17418):
     y = y.to(args.device)
     net = networks(0.5, device=args.device)[0]
     probe_stage, stage = post_train.stages_of(post_train.parse(["--task", "all71"]))
-    inputs = post_train.on_device(signals, np.arange(n), args.device)
+    split = post_train.on_device(post_train.Split(signals, np.arange(n), y), args.device)
     index = post_train.epoch_batches(n, 256, 0, 0, 1)
     scaler = torch.amp.GradScaler(args.device.type)
-    epoch = lambda net, stage, inputs, amp: post_train.train_epoch(net, post_train.make_optimizer(stage, list(net.parameters())), scaler, inputs, y, index,
-                                                                   lambda step: 1e-6, 1.0, autocast(args.device, amp), iter)
-    features = lambda: evaluate.infer(net.eval().forward_features, *inputs, args.device, 256, torch.float16)
-    kept = torch.from_numpy(features()).to(args.device), np.arange(n)
-    t = side_by_side({"features": features, "probe": lambda: epoch(net.dense, probe_stage, kept, None), "finetune": lambda: epoch(net, stage, inputs, torch.float16)}, 2, args.device)
+    epoch = lambda net, stage, split, amp: post_train.train_epoch(net, post_train.make_optimizer(stage, list(net.parameters())), scaler, split, index,
+                                                                  [1e-6] * len(index), 1.0, amp)
+    features = lambda: evaluate.infer(net.eval().forward_features, split.array, split.rows, args.device, 256, torch.float16)
+    kept = post_train.Split(torch.from_numpy(features()).to(args.device), np.arange(n), y)
+    t = side_by_side({"features": features, "probe": lambda: epoch(net.dense, probe_stage, kept, None), "finetune": lambda: epoch(net, stage, split, torch.float16)}, 2, args.device)
     total = t["features"] + 30 * t["probe"] + 30 * t["finetune"]
     return row("default schedule, 17,418 ECGs", total / 60, None, "min", "", f"features {t['features']:.1f} s, probe epoch {t['probe']:.2f} s, "
                f"fine-tuning epoch {t['finetune']:.1f} s; fp16, batch 256; one epoch of each timed, extrapolated", "minutes")

@@ -59,10 +59,11 @@ def test_killed_and_resumed_goes_on(demo_set, tmp_path, monkeypatch):
 
 def test_resident_and_pinned_batches_are_the_same(demo_set, monkeypatch):
     signals, rows, device = data.load_cache(demo_set).signals, np.arange(5, 40), torch.device("cuda", 0)
-    resident, there = post_train.on_device(signals, rows, device)
+    split = post_train.Split(signals, rows, torch.zeros(35, 1))
+    resident, there, _ = post_train.on_device(split, device)
     assert isinstance(resident, torch.Tensor) and resident.is_cuda and resident.dtype == torch.float16
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
-    disk, same = post_train.on_device(signals, rows, device)
+    disk, same, _ = post_train.on_device(split, device)
     assert disk is signals and same is rows
     index = [np.array([3, 1]), np.array([30])]
     for a, b in zip(data.batches(resident, (there[i] for i in index), device), data.batches(disk, (same[i] for i in index), device)):

@@ -346,6 +346,13 @@ def test_resume_with_other_arguments_lists_them(run, demo, tmp_path, fails):
     assert (out / "last.pt").read_bytes() == before
 
 
+def test_one_process_at_a_time_trains_in_a_folder(tiny, demo_set, tmp_path, fails):
+    (tmp_path / "run").mkdir()
+    with post_train.locked(tmp_path / "run"):
+        fails(post_train.main, arguments(demo_set, tmp_path / "run"), "another process is training there")
+    post_train.main(arguments(demo_set, tmp_path / "run"))
+
+
 def test_a_non_finite_loss_stops_the_run(run, demo, monkeypatch, capsys):
     out = run(demo, "--epochs", "1")
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
@@ -365,9 +372,8 @@ def test_gradient_scaler_skips_and_counts_infinite_steps():
     stage = post_train.stages_of(post_train.parse(["--task", "all71"]))[1]
     optimizer = post_train.make_optimizer(stage, list(model.parameters()))
     scaler = torch.amp.GradScaler("cpu", init_scale=3e38)  # the first scaled gradients overflow
-    inputs = torch.randn(8, 3) * 1000, np.arange(8)
-    loss, skipped = post_train.train_epoch(model, optimizer, scaler, inputs, torch.ones(8, 2), [np.arange(8)] * 3, lambda step: 1e-3, 1.0,
-                                           torch.autocast("cpu", enabled=False), iter)
+    split = post_train.Split(torch.randn(8, 3) * 1000, np.arange(8), torch.ones(8, 2))
+    loss, skipped = post_train.train_epoch(model, optimizer, scaler, split, [np.arange(8)] * 3, [1e-3] * 3, clip=1.0)
     assert skipped >= 1 and math.isfinite(loss) and scaler.get_scale() < 3e38
     assert not torch.equal(model.weight, before) if skipped < 3 else torch.equal(model.weight, before)
 
@@ -378,8 +384,8 @@ def test_the_gradient_norm_is_clipped():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.register_step_pre_hook(lambda *a: seen.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()))
     for clip in (None, 0.01):
-        post_train.train_epoch(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), (torch.ones(4, 3) * 9, np.arange(4)), torch.ones(4, 2),
-                               [np.arange(4)], lambda step: 0.0, clip, torch.autocast("cpu", enabled=False), iter)
+        split = post_train.Split(torch.ones(4, 3) * 9, np.arange(4), torch.ones(4, 2))
+        post_train.train_epoch(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), split, [np.arange(4)], [0.0], clip)
     assert seen[0] > 0.1 and seen[1] == pytest.approx(0.01, rel=1e-3)
 
 

@@ -387,7 +387,7 @@ def run(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = evaluate.pick_device(args.device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        device = evaluate.pick_device(f"cuda:{os.environ.get('LOCAL_RANK', device.index or 0)}")
         torch.cuda.set_device(device)
     if args.amp == "auto":
         args.amp = "fp16" if device.type == "cuda" else "off"
@@ -396,7 +396,7 @@ def run(args):
     if args.resume and (out / "test.json").exists():
         print(f"{out}: this run is finished, see test.json")
         return
-    if args.resume and not (out / "last.pt").exists():
+    if args.resume and not (out / "last.pt").exists() and rank == 0:
         print(f"{out}: no last.pt to go on from, starting anew")
     out.mkdir(parents=True, exist_ok=True)
     data.build_cache(args.data, args.preprocess, skip_unreadable=args.skip_unreadable)  # may take longer than ranks wait for each other

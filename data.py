@@ -16,8 +16,10 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +69,7 @@ def read_table(root, name, columns):
                                  f"`python data.py --download --data {root}` fetches it")
             rows = list(reader)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; wanted a PTB-XL folder, "
+        raise InputError(f"{path}: no such file; wanted a PTB-XL folder: name it with --data, or "
                          f"`python data.py --download --data {root}` fetches it") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a csv file in UTF-8 ({error}); fetch it again") from None
@@ -84,7 +86,7 @@ def read_database(root, columns=()):
     rows = read_table(root, TABLES[0], ("ecg_id", "filename_hr", *columns))
     ids = [whole_number(root, i, row, "ecg_id") for i, row in enumerate(rows, 2)]
     if len(set(ids)) < len(ids):
-        twice = next(i for k, i in enumerate(ids) if i in set(ids[:k]))
+        twice = Counter(ids).most_common(1)[0][0]
         raise InputError(f"{Path(root, TABLES[0])}: ecg_id {twice} stands twice; fetch the file again")
     return rows, np.array(ids, np.int64)
 
@@ -111,7 +113,7 @@ def load_labels(root, task):
     statements = read_table(root, TABLES[1], ("", "diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"))
     flag = {"form19": "form", "rhythm12": "rhythm"}.get(task, "diagnostic")
     value = {"subclass23": "diagnostic_subclass", "superclass5": "diagnostic_class"}.get(task, "")
-    chosen = [s for s in statements if task == "all71" or float(s[flag] or 0) == 1]
+    chosen = [s for s in statements if task == "all71" or s[flag].strip() in ("1", "1.0")]
     class_of = {s[""]: s[value] for s in chosen if s[value]}     # statement -> class of the task
     classes = sorted(set(class_of.values()))
     column = {name: i for i, name in enumerate(classes)}
@@ -147,6 +149,11 @@ def check_task(task):
         raise InputError(f"task {task!r} is unknown; did you mean {near}? (one of {', '.join(TASKS)})")
 
 
+def check_preprocessing(how):
+    if how not in PREPROCESSING:
+        raise InputError(f"preprocessing {how!r} is unknown; wanted one of {', '.join(PREPROCESSING)}")
+
+
 def subset(index, frac, seed):
     """A fraction of the records `index` (n,), sorted: max(1, floor(frac n + 0.5)) of them, set by `seed` alone.
 
@@ -174,13 +181,13 @@ def read_record(path):
         raise InputError(f"{path}: cannot be read as a WFDB record ({type(error).__name__}: {error})") from None
     if signal is None or not len(signal) or not fs > 0:
         raise InputError(f"{path}: has {0 if signal is None else len(signal)} samples at {fs:g} Hz; wanted an ECG")
-    row = {name.strip().lower(): i for i, name in reversed(list(enumerate(names)))}
+    row = {(name or "").strip().lower(): i for i, name in reversed(list(enumerate(names)))}
     missing = [lead for lead in LEADS if lead.lower() not in row]
     if missing:
-        raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(names)}); wanted {', '.join(LEADS)}")
+        raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(map(str, names))}); wanted {', '.join(LEADS)}")
     rows = [row[lead.lower()] for lead in LEADS]
     for i in rows:
-        if units[i].strip().lower() not in MILLIVOLTS:
+        if (units[i] or "").strip().lower() not in MILLIVOLTS:
             raise InputError(f"{path}: lead {names[i]} is in {units[i]!r}, which is no voltage; wanted mV, uV, nV or V")
     scale = np.array([MILLIVOLTS[units[i].strip().lower()] for i in rows])
     return (signal[:, rows] * scale).T.astype(np.float32), fs
@@ -196,8 +203,7 @@ def preprocess(signal, fs, how="filter"):
     """
     from scipy import ndimage, signal as dsp
     x = np.asarray(signal, np.float64)
-    if how not in PREPROCESSING:
-        raise InputError(f"preprocessing {how!r} is unknown; wanted one of {', '.join(PREPROCESSING)}")
+    check_preprocessing(how)
     if x.ndim != 2 or len(x) != len(LEADS) or not x.shape[1] or not 0 < fs < np.inf:
         raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (12, n) at a positive rate")
     if not np.abs(np.nan_to_num(x, posinf=np.inf, neginf=-np.inf)).max() <= MAX_MILLIVOLTS:
@@ -239,8 +245,7 @@ class CacheFiles(NamedTuple):
 
 
 def cache_files(root, how):
-    if how not in PREPROCESSING:
-        raise InputError(f"preprocessing {how!r} is unknown; wanted one of {', '.join(PREPROCESSING)}")
+    check_preprocessing(how)
     return CacheFiles(*(Path(root, "cache", how + end) for end in (".npy", ".json", ".part.npy", ".part.log", ".unreadable.csv")))
 
 
@@ -297,26 +302,20 @@ def build_cache(root, how="filter", workers=None, skip_unreadable=False):
     Unreadable records are listed and the rest is done; then InputError is raised, unless `skip_unreadable` accepts a cache
     without them. Every later build tries them again.
     """
-    import fcntl
     files, (source, paths) = cache_files(root, how), source_of(root, how)
     if up_to_date(files, source, paths, how, skip_unreadable):
         return
     files.array.parent.mkdir(exist_ok=True)
-    lock = os.open(files.array.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second build waits here, and then finds the work done
+    with locked(files.array.parent, f".*.{how}.*"):  # a second build waits here, and then finds the work done
         if up_to_date(files, source, paths, how, skip_unreadable):
             return
         done = open_part(files, source)
         unreadable = fill_part(files, paths, done, how, workers or os.cpu_count())
         unreadable = [(source["ecg_ids"][row], source["source"][row], why) for row, why in sorted(unreadable)]
         if unreadable:
-            text = "\n".join(",".join(f'"{field}"' for field in (i, name, why.replace('"', "'"))) for i, name, why in unreadable)
-            write_atomically(files.unreadable, lambda path: path.write_text(f"ecg_id,filename_hr,reason\n{text}\n"))
+            write_atomically(files.unreadable, lambda path: write_listing(path, unreadable))
             if not skip_unreadable:
-                raise InputError(f"{len(unreadable)} records cannot be read, the first is {unreadable[0][2]}; all are listed in "
-                                 f"{files.unreadable}, the others are cached; fetch them again and run this again, or leave "
-                                 "them out with --skip-unreadable")
+                raise unreadable_error(files, unreadable)
         else:
             files.unreadable.unlink(missing_ok=True)
         if files.part.exists():
@@ -324,17 +323,32 @@ def build_cache(root, how="filter", workers=None, skip_unreadable=False):
         about = json.dumps({**source, "unreadable": unreadable, "versions": versions()})
         write_atomically(files.about, lambda path: path.write_text(about))
         files.log.unlink(missing_ok=True)
-    finally:
-        os.close(lock)
 
 
 def up_to_date(files, source, paths, how, skip_unreadable):
-    """Whether the finished cache can be used as it is; one built without some records only while they stay unreadable."""
+    """Whether the finished cache can be used as it is; one built without some records only while they stay unreadable.
+
+    Raises InputError, touching nothing, where they do and `skip_unreadable` does not accept that.
+    """
     description = read_description(files, source)
-    if description is None or (description["unreadable"] and not skip_unreadable):
+    if description is None:
         return False
     missing = {ecg_id for ecg_id, _, _ in description["unreadable"]}
-    return not any(readable(path, how) for ecg_id, path in zip(source["ecg_ids"], paths) if ecg_id in missing)
+    if any(readable(path, how) for ecg_id, path in zip(source["ecg_ids"], paths) if ecg_id in missing):
+        return False
+    if missing and not skip_unreadable:
+        raise unreadable_error(files, description["unreadable"])
+    return True
+
+
+def write_listing(path, unreadable):
+    with open(path, "w", newline="") as f:
+        csv.writer(f).writerows([("ecg_id", "filename_hr", "reason"), *unreadable])
+
+
+def unreadable_error(files, unreadable):
+    return InputError(f"{len(unreadable)} records cannot be read, the first is {unreadable[0][2]}; all are listed in {files.unreadable}, "
+                      "the others are cached; fetch them again and run this again, or leave them out with --skip-unreadable")
 
 
 def readable(path, how):
@@ -345,20 +359,31 @@ def readable(path, how):
         return False
 
 
+@contextmanager
+def locked(folder, temporaries, wait=True):
+    """Keep other processes from writing to `folder`: wait for them, or raise BlockingIOError; remove what a killed one left."""
+    import fcntl
+    with open(Path(folder, ".lock"), "w") as lock:  # a file, open for writing, as network file systems want it
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for path in Path(folder).glob(temporaries):
+            path.unlink(missing_ok=True)
+        yield
+
+
 def open_part(files, source):
     """Make `part` and `log` ready to go on from and return the set of rows that are done. Raises InputError if the disk is full."""
-    n = source["shape"][0]
-    first, *lines = files.log.read_text().split("\n")[:-1] if files.log.exists() else [""]  # a torn last line does not count
+    n, done, description = source["shape"][0], set(), read_description(files, source)
+    first, *lines = files.log.read_text().split("\n")[:-1] or [""] if files.log.exists() else [""]  # a torn last line does not count
     if parse_description(first, source) is not None and (files.part.exists() or len(set(lines)) == n and files.array.exists()):
-        return set(map(int, lines))
-    done, description = set(), read_description(files, source)
-    files.log.unlink(missing_ok=True)
-    if description is not None:  # finished without its unreadable records: only those are to do
+        done = set(map(int, lines))
+    elif description is not None:  # finished without its unreadable records: only those are to do
         bad = {ecg_id for ecg_id, _, _ in description["unreadable"]}
         done = {row for row, ecg_id in enumerate(source["ecg_ids"]) if ecg_id not in bad}
+        files.log.unlink(missing_ok=True)
         files.about.unlink()
         os.replace(files.array, files.part)
     else:
+        files.log.unlink(missing_ok=True)
         files.about.unlink(missing_ok=True)
         size = np.lib.format.open_memmap(files.part, "w+", np.float16, tuple(source["shape"])).nbytes
         try:
@@ -417,7 +442,12 @@ def end_with_parent():
     import threading
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def write_records(jobs, part, offset, how):
@@ -450,6 +480,8 @@ def write_atomically(path, write):
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(temporary)
+        with open(temporary, "r+b") as f:
+            os.fsync(f.fileno())  # so that not even a power failure leaves an empty file under the final name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -501,6 +533,10 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def is_right(path, digest):
+    return path.exists() and sha256(path) == digest
+
+
 def download(root, url=URL):
     """Fetch PTB-XL's zip, unpack the 500 Hz records and the two tables into `root` and check them against SHA256SUMS.txt.
 
@@ -509,10 +545,10 @@ def download(root, url=URL):
     """
     import torch.hub
     import zipfile
+    import zlib
     from urllib.error import URLError
     root, sums = Path(root), Path(root, "SHA256SUMS.txt")
-    if sums.exists() and all(sha256(root / name) == digest if (root / name).exists() else False
-                             for name, digest in wanted_files(sums.read_text(), sums).items()):
+    if sums.exists() and all(is_right(root / name, digest) for name, digest in wanted_files(sums.read_text(), sums).items()):
         return
     root.mkdir(parents=True, exist_ok=True)
     archive = root / "ptb-xl.zip"
@@ -523,7 +559,7 @@ def download(root, url=URL):
             raise InputError(f"{url}: cannot be fetched ({error}); run the same command again, or --url for a mirror") from None
     try:
         unpack(archive, root)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         archive.unlink()
         raise InputError(f"{url}: the zip came damaged ({error}) and was removed; run the same command again") from None
     archive.unlink()
@@ -553,7 +589,7 @@ def unpack(archive, root):
         members = set(z.namelist())
         for name, digest in tqdm(wanted_files(text.decode(), archive).items(), "unpack", unit="file", disable=None):
             target = root / name
-            if target.exists() and sha256(target) == digest:
+            if is_right(target, digest):
                 continue
             if prefix + name not in members:
                 raise InputError(f"{archive}: lacks {name}; wanted PTB-XL 1.0.3's zip, remove it and run again")
@@ -582,8 +618,9 @@ def main(argv=None):
             download(args.data, args.url)
         build_cache(args.data, args.preprocess, args.workers, args.skip_unreadable)
         cache = load_cache(args.data, args.preprocess)
-        n, size = len(cache.row), cache.signals.nbytes
-        print(f"{cache_files(args.data, args.preprocess).array}: {n:,} records, {size / 1e9:.2f} GB")
+        left_out = len(cache.signals) - len(cache.row)
+        print(f"{cache_files(args.data, args.preprocess).array}: {len(cache.row):,} records, {cache.signals.nbytes / 1e9:.2f} GB"
+              f"{f', {left_out} unreadable ones left out' if left_out else ''}")
     except (InputError, OSError) as error:
         sys.stderr.write(f"data.py: {error}\n")
         sys.exit(2)

@@ -6,7 +6,7 @@
     python evaluate.py runs/x/best.pt --record path/to/record --plot ecg.png
 
 A checkpoint of post_train.py holds all that is needed: network, task, classes, preprocessing, data path. Predictions are
-made in float32. Needs data.py and model.py beside it.
+made in float32 (on a GPU with PyTorch's defaults: TF32 convolutions where it has them). Needs data.py and model.py beside it.
 """
 import argparse
 import json
@@ -39,7 +39,7 @@ def auroc_auprc(y_true, y_prob, weight=None):
         AUROC = sum over positives of w_i (N - ((A - T) + (A' - T')) / 2) / (P N)        average precision = sum of w_i T / A / P
     so one sort and one cumulative sum per class serve every weighting.
     """
-    y, prob = np.asarray(y_true, bool), np.asarray(y_prob)
+    y, prob = np.asarray(y_true, bool), np.asarray(y_prob, np.float64)
     weights = np.ones((1, len(y))) if weight is None else np.atleast_2d(np.asarray(weight, np.float64))
     auroc, auprc = np.full((2, len(weights), y.shape[1]), np.nan)
     for c in range(y.shape[1]):
@@ -105,18 +105,26 @@ def report(y_true, y_prob, classes, patient_id=None):
     }
 
 
-def table(scores):
-    """A report as lines to print."""
-    show = lambda x: "     -" if x is None else f"{x:6.4f}"
+def show(score):
+    return "     -" if score is None else f"{score:6.4f}"
+
+
+def summary(scores):
+    """A report's macro scores as lines to print."""
     lines = [f"{scores['n']:,} records"]
     for name in ("auroc", "auprc"):
         low, high = scores[f"macro_{name}_ci"]
         lines.append(f"macro {name.upper()} {show(scores[f'macro_{name}'])}  95 % interval {show(low)} to {show(high)}")
     if scores["undefined"]:
         lines.append(f"undefined here, not counted: {', '.join(scores['undefined'])}")
-    width = max(map(len, scores["per_class"]))
-    lines.append(f"\n{'class':{width}} positives  AUROC  AUPRC")
-    return lines + [f"{name:{width}} {s['positives']:9,} {show(s['auroc'])} {show(s['auprc'])}" for name, s in scores["per_class"].items()]
+    return lines
+
+
+def table(scores):
+    """A report's classes as lines to print."""
+    width = max(map(len, [*scores["per_class"], "class"]))
+    return [f"{'class':{width}} positives  AUROC  AUPRC"] + [
+        f"{name:{width}} {s['positives']:9,} {show(s['auroc'])} {show(s['auprc'])}" for name, s in scores["per_class"].items()]
 
 
 # ----------------------------------------------------------------------------------------------------------- predictions
@@ -199,10 +207,13 @@ def load_predictions(path):
     y, p, classes = found["y_true"], found["y_prob"], [str(c) for c in found["classes"].ravel()]
     if y.ndim != 2 or y.shape != p.shape or len(classes) != y.shape[1] or len(set(classes)) < len(classes) or not y.size:
         raise InputError(f"{path}: y_true {y.shape}, y_prob {p.shape} and {len(set(classes))} classes; wanted (N, L), (N, L) and L")
+    if y.dtype.kind not in "bfiu" or p.dtype.kind not in "bfiu":
+        raise InputError(f"{path}: y_true is of type {y.dtype} and y_prob of type {p.dtype}; wanted numbers")
     if not np.isin(y, (0, 1)).all():
         raise InputError(f"{path}: y_true holds other values than 0 and 1")
     if not (np.isfinite(p).all() and (p >= 0).all() and (p <= 1).all()):
         raise InputError(f"{path}: y_prob holds values that are no probabilities; wanted finite ones in [0, 1]")
+    found["classes"] = np.array(classes)
     for key in ("ecg_id", "patient_id"):
         if found.setdefault(key, None) is not None and found[key].shape != y.shape[:1]:
             raise InputError(f"{path}: {key} has shape {found[key].shape}; wanted ({len(y)},)")
@@ -236,13 +247,15 @@ def plot_record(record, path):
                              sig_units=["mV"] * len(data.LEADS), time_units="seconds", ecg_grids="all", figsize=(16, 22),
                              title=Path(record).name, return_fig=True)
     suffix = Path(path).suffix.lstrip(".") or "png"
+    if suffix not in figure.canvas.get_supported_filetypes():
+        raise InputError(f"{path}: no picture can be written as .{suffix}; wanted .png, .pdf or .svg")
     data.write_atomically(path, lambda temporary: figure.savefig(temporary, format=suffix, dpi=80, bbox_inches="tight"))
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", metavar="FILE", help="a checkpoint of post_train.py, or predictions (.npz) of any model")
-    parser.add_argument("--fold", type=int, nargs="+", default=[data.TEST_FOLD], metavar="K", help="folds to predict (default: 10, the test fold)")
+    parser.add_argument("--fold", type=int, nargs="+", metavar="K", help="folds to predict (default: 10, the test fold)")
     parser.add_argument("--data", help="PTB-XL's folder (default: where the checkpoint was trained)")
     parser.add_argument("--out", help="where to write the predictions (default: predictions.npz beside the checkpoint)")
     parser.add_argument("--json", metavar="FILE", help="also write the scores as JSON")
@@ -255,6 +268,14 @@ def main(argv=None):
     try:
         if args.plot and not args.record:
             raise InputError("--plot draws the ECG of --record PATH; give both")
+        given = [name for name in ("--fold", "--data", "--out", "--json") if getattr(args, name[2:]) is not None]
+        if given and (args.record or (args.model.endswith(".npz") and given != ["--json"])):
+            raise InputError(f"{given[0]} has no meaning {'with --record' if args.record else 'for predictions'}; leave it out")
+        out = Path(args.out or Path(args.model).with_name("predictions.npz"))
+        out = out if out.suffix == ".npz" else out.with_name(f"{out.name}.npz")
+        for path in (out, Path(args.json or out)):
+            if not path.parent.is_dir():
+                raise InputError(f"{path}: there is no folder {path.parent}; make it first")
         if args.batch_size < 1:
             raise InputError(f"--batch-size is {args.batch_size}; wanted at least 1")
         device = pick_device(args.device)
@@ -264,15 +285,17 @@ def main(argv=None):
         if args.model.endswith(".npz"):
             predictions = load_predictions(args.model)
         else:
-            predictions = predict_folds(args.model, args.fold, args.data, device, args.batch_size, args.skip_unreadable)
-            out = Path(args.out or Path(args.model).with_name("predictions.npz"))
-            data.write_atomically(out.with_suffix(".npz"), lambda path: np.savez(path, **predictions))
+            predictions = predict_folds(args.model, args.fold or [data.TEST_FOLD], args.data, device, args.batch_size, args.skip_unreadable)
+            data.write_atomically(out, lambda path: np.savez(path, **predictions))
         scores = report(predictions["y_true"], predictions["y_prob"], predictions["classes"].tolist(), predictions["patient_id"])
         if args.json:
             write_json(args.json, scores)
-        print("\n".join(table(scores)))
+        print("\n".join([*summary(scores), "", *table(scores)]))
     except (InputError, network.WeightsError, OSError) as error:
         sys.stderr.write(f"evaluate.py: {error}\n")
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        sys.stderr.write(f"evaluate.py: the GPU's memory is too small for {args.batch_size} ECGs; try --batch-size {max(1, args.batch_size // 2)}\n")
         sys.exit(2)
 
 

@@ -231,11 +231,11 @@ def read_checkpoint(path):
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "load key" in line), "damaged")
         raise WeightsError(f"{path}: refused, not a checkpoint of tensors and plain data ({reason.strip()}); "
-                           "fetch it again, `python model.py --download`") from None
+                           "fetch it again; `python model.py --download` fetches the official weights") from None
     except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{path}: damaged or not a PyTorch checkpoint ({reason}); "
-                           "fetch it again, `python model.py --download`") from None
+                           "fetch it again; `python model.py --download` fetches the official weights") from None
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise WeightsError(f"{path}: holds no `state_dict` of tensors; wanted the official .pth or a checkpoint of post_train.py")
@@ -326,6 +326,8 @@ def download(path, url):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, path, hash_prefix=OFFICIAL_SHA256)
+    except ValueError as error:
+        raise WeightsError(f"--url {url}: {error}; wanted an address such as {OFFICIAL_URL}") from None
     except RuntimeError as error:  # the hash differs; nothing was written
         raise WeightsError(f"{url}: not the known release ({error}); nothing was kept, run the same command again") from None
 

@@ -35,7 +35,7 @@ AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 # What a strategy sets unless an option says otherwise.
 STRATEGIES = {"post": {"probe_epochs": 30, "lr": 5e-4, "drop_path": 0.5, "dropout": 0.05},
               "baseline": {"probe_epochs": 0, "lr": 1e-4, "drop_path": 0.0, "dropout": 0.0}}
-FREE_ARGUMENTS = ("resume", "out", "device", "compile")  # may differ when a run goes on
+FREE_ARGUMENTS = ("resume", "out", "data", "device", "compile")  # may differ when a run goes on
 
 
 class Stage(NamedTuple):
@@ -81,7 +81,7 @@ def plateaus(aurocs, patience=10, threshold=1e-4):
     """How often torch's ReduceLROnPlateau(mode="max", patience=10) would have reduced the rate after these epochs."""
     best, waited, reductions = -math.inf, 0, 0
     for value in aurocs:
-        if value is not None and value > best * (1 + (threshold if best > 0 else -threshold)):
+        if value is not None and value > best * (1 + threshold):
             best, waited = value, 0
         else:
             waited += 1
@@ -229,8 +229,8 @@ def train(args, device, rank=0, world=1):
         f"amp {args.amp}, seed {args.seed}")
 
     for stage in stages_of(args):
-        first = sum(line["stage"] == stage.name for line in history)
-        if first >= stage.epochs:
+        finished = sum(line["stage"] == stage.name for line in history)
+        if finished >= stage.epochs:
             continue
         if stage.name == "probe":  # the backbone is frozen: run it once, in eval mode, and train the head on what it gives
             started = time.perf_counter()
@@ -243,14 +243,14 @@ def train(args, device, rank=0, world=1):
             splits, trained, stage_amp = (on_device(train_split, device), val_split), model, amp
         optimizer = make_optimizer(stage, list(trained.parameters()))
         scaler = torch.amp.GradScaler(device.type, enabled=stage_amp == torch.float16)
-        if first:
+        if finished:
             optimizer.load_state_dict(last["optimizer"])
             scaler.load_state_dict(last["scaler"])
         net = torch.compile(trained) if args.compile and trained is model else trained
         if world > 1:
             net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
 
-        for epoch in range(first, stage.epochs):
+        for epoch in range(finished, stage.epochs):
             started = time.perf_counter()
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
@@ -269,7 +269,7 @@ def train(args, device, rank=0, world=1):
                             "macro_auroc": auroc, "macro_auprc": auprc, "seconds": time.perf_counter() - started,
                             "ecgs_per_second": len(index) * batch_size / training_seconds, "peak_memory_mb": peak_memory_mb(device)})
             if rank == 0:
-                checkpoint = describe(args, model, classes, history)
+                checkpoint = make_checkpoint(args, model, classes, history)
                 if best_epoch(history, stages_of(args)) == len(history) - 1:
                     save(out / "best.pt", checkpoint)
                 save(out / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
@@ -293,11 +293,11 @@ def load_splits(args, device):
 def best_epoch(history, stages):
     """Index of the first line with the best validation AUROC among the fine-tuning epochs, or the probe's with --epochs 0."""
     name = "finetune" if stages[1].epochs else "probe"
-    scores = [(-1.0 if line["macro_auroc"] is None else line["macro_auroc"]) if line["stage"] == name else -math.inf for line in history]
-    return int(np.argmax(scores)) if max(scores, default=-math.inf) > -math.inf else None
+    lines = [i for i, line in enumerate(history) if line["stage"] == name]
+    return max(lines, key=lambda i: -1.0 if history[i]["macro_auroc"] is None else history[i]["macro_auroc"], default=None)
 
 
-def describe(args, model, classes, history):
+def make_checkpoint(args, model, classes, history):
     """A checkpoint: tensors and plain data that say all there is to know of it."""
     return {"layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": model.state_dict(), "task": args.task, "classes": classes,
             "preprocessing": args.preprocess, "data": os.path.abspath(args.data), "args": dict(vars(args)),
@@ -306,7 +306,12 @@ def describe(args, model, classes, history):
 
 
 def save(path, checkpoint):
-    data.write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    def write(temporary):
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]}); make room, and go on with --resume") from None
+    data.write_atomically(path, write)
 
 
 def write_history(out, history, rank):
@@ -376,9 +381,9 @@ def check(args):
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}; wanted {wanted}")
     if not args.epochs and not args.probe_epochs:
         raise InputError("--epochs 0 and --probe-epochs 0 train nothing; give one of them")
-    if args.weights != "none" and not os.path.exists(args.weights):
+    if args.weights != "none" and not os.path.exists(args.weights) and not (args.resume and Path(args.out, "last.pt").exists()):
         raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the official weights, --weights none starts at random")
-    if not args.resume and any(Path(args.out, name).exists() for name in ("last.pt", "metrics.jsonl")):
+    if not args.resume and Path(args.out, "last.pt").exists():
         raise InputError(f"{args.out}: holds a run already; --resume goes on with it, another --out begins a new one")
 
 
@@ -386,7 +391,7 @@ def run(args):
     check(args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = evaluate.pick_device(args.device)
-    if device.type == "cuda":
+    if device.type == "cuda":  # torchrun gives each of its processes a GPU
         device = evaluate.pick_device(f"cuda:{os.environ.get('LOCAL_RANK', device.index or 0)}")
         torch.cuda.set_device(device)
     if args.amp == "auto":
@@ -394,13 +399,14 @@ def run(args):
     args.data = os.path.abspath(args.data)
     out = Path(args.out)
     if args.resume and (out / "test.json").exists():
-        print(f"{out}: this run is finished, see test.json")
+        if rank == 0:
+            print(f"{out}: this run is finished, see test.json")
         return
     if args.resume and not (out / "last.pt").exists() and rank == 0:
         print(f"{out}: no last.pt to go on from, starting anew")
     out.mkdir(parents=True, exist_ok=True)
     data.build_cache(args.data, args.preprocess, skip_unreadable=args.skip_unreadable)  # may take longer than ranks wait for each other
-    with locked(out) if rank == 0 else nullcontext():
+    with lock_of(out) if rank == 0 else nullcontext():
         if world > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
@@ -412,22 +418,16 @@ def run(args):
             p = evaluate.predict_folds(out / "best.pt", [data.TEST_FOLD], args.data, device)
             scores = evaluate.report(p["y_true"], p["y_prob"], p["classes"].tolist(), p["patient_id"])
             evaluate.write_json(out / "test.json", scores)
-            print("\n".join(["test fold 10 with best.pt:", *evaluate.table(scores)[:4]]))
+            print("\n".join(["test fold 10 with best.pt:", *evaluate.summary(scores)]))
 
 
 @contextmanager
-def locked(folder):
-    """Keep other processes from training in the same folder."""
-    import fcntl
-    handle = os.open(folder, os.O_RDONLY)
+def lock_of(out):
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{folder}: another process is training there; wait for it, or give another --out") from None
-        yield
-    finally:
-        os.close(handle)
+        with data.locked(out, ".*.pt", wait=False):
+            yield
+    except BlockingIOError:
+        raise InputError(f"{out}: another process is training there; wait for it, or give another --out") from None
 
 
 def stop(number, frame):
@@ -443,9 +443,9 @@ def main(argv=None):
     except (InputError, network.WeightsError, OSError) as error:
         status, message = 2, str(error)
     except NonFinite as error:
-        status, message = 1, f"{error}; {args.out}/last.pt keeps the last good epoch; --amp bf16 or off, or a lower --lr, may mend it"
+        status, message = 1, f"{error}; last.pt keeps the last good epoch; --amp bf16 or off, or a lower --lr, with another --out may mend it"
     except torch.OutOfMemoryError:
-        status, message = 1, f"the GPU's memory is too small for a batch of {args.batch_size}; --batch-size {max(1, args.batch_size // 2)} may fit"
+        status, message = 1, f"the GPU's memory is too small for a batch of {args.batch_size}; --batch-size {max(1, args.batch_size // 2)} may fit, with another --out if there is a last.pt"
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         status, message = 128 + number, f"stopped; the same command with --resume goes on after the last finished epoch ({args.out}/last.pt)"

@@ -361,7 +361,7 @@ def help_(args, folder):
     scripts = ("data.py", "model.py", "evaluate.py", "post_train.py")
     t = side_by_side({**{s: lambda s=s: call(s, "--help") for s in scripts}, "torch": lambda: call("-c", "import torch")}, 5)
     slowest = max(scripts, key=t.get)
-    return row("--help of the slowest script", t[slowest], t["torch"], "s", "", f"{slowest} takes {t[slowest] / t['torch']:.2f} of `import torch`", "at most 1.3")
+    return row("--help of the slowest script", t[slowest], None, "s", "", f"{slowest} takes {t[slowest] / t['torch']:.2f} of `import torch`, {t['torch']:.3g} s", "at most 1.3")
 
 
 def floor(args, folder):

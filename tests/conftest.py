@@ -17,6 +17,7 @@ settings.load_profile("patient")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:wfdb")  # it calls pandas in an older way
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "real: needs real PTB-XL records, in the folder that PTBXL_DIR names")
 

@@ -238,7 +238,7 @@ def test_scale_and_shift_change_nothing(scale, shift, how):
 # ------------------------------------------------------------------------------------------------------------------ cache
 
 def files(root):
-    return sorted(p.name for p in (root / "cache").iterdir())
+    return sorted(p.name for p in (root / "cache").iterdir() if p.name != ".lock")
 
 
 def content(root, how="filter"):
@@ -340,6 +340,46 @@ def test_two_at_once_end_with_one_right_cache(uncached, demo_set):
     assert content(uncached) == content(demo_set) and files(uncached) == ["filter.json", "filter.npy"]
 
 
+def test_a_torn_log_line_does_not_count(uncached, demo_set, monkeypatch):
+    """As a full disk or a power failure may leave it, twice in a row: no row is taken for done that is not."""
+    class Stop(Exception):
+        pass
+
+    def stop(*a):
+        raise Stop
+
+    data.build_cache(uncached, workers=1)
+    array, log = uncached / "cache" / "filter.npy", uncached / "cache" / "filter.part.log"
+    about = uncached / "cache" / "filter.json"
+    description = {k: v for k, v in json.loads(about.read_text()).items() if k not in ("unreadable", "versions")}
+    about.unlink()
+    array.rename(uncached / "cache" / "filter.part.npy")
+    with open(uncached / "cache" / "filter.part.npy", "r+b") as f:  # rows 3 to 59 are not done
+        f.seek(-57 * 120000, 2)
+        f.write(bytes(57 * 120000))
+    log.write_text(json.dumps(description) + "\n0\n1\n2\n3")
+    with monkeypatch.context() as m, pytest.raises(Stop):
+        m.setattr(data, "run_jobs", stop)
+        data.build_cache(uncached, workers=1)
+    with open(log, "a") as f:
+        f.write("")
+    data.build_cache(uncached, workers=1)
+    assert content(uncached) == content(demo_set)
+    for text in ("", "\n", "[]\n1\n"):
+        about.unlink(missing_ok=True)
+        log.write_text(text)
+        data.build_cache(uncached, workers=1)
+        assert content(uncached) == content(demo_set)
+
+
+def test_headers_without_names(tmp_path):
+    write_record(tmp_path, SIGNAL)
+    text = (tmp_path / "r.hea").read_text().splitlines()
+    (tmp_path / "r.hea").write_text("\n".join([text[0]] + [line.rsplit(" ", 1)[0] for line in text[1:13]]) + "\n")
+    with pytest.raises(data.InputError, match="r: .*(has no lead I|cannot be read)"):
+        data.read_record(tmp_path / "r")
+
+
 def test_a_killed_worker_ends_the_build(uncached, monkeypatch):
     monkeypatch.setattr(data, "prepare", lambda path, how: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(data.InputError, match="a worker was killed"):
@@ -382,7 +422,9 @@ def test_unreadable_records(demo, fails, capsys):
     labels, rows = data.align(data.load_labels(demo, "all71"), cache)
     assert len(labels.y) == len(rows) == 56 and 3 not in labels.ecg_id and rows[labels.ecg_id == 4] == 3
     data.build_cache(demo, skip_unreadable=True)  # nothing to do
+    before = content(demo)
     fails(data.main, ["--data", demo], "4 records cannot be read")
+    assert content(demo) == before  # what others use by now is left alone
     for name, old in moved.items():  # fetched again
         (folder / name).write_bytes(old)
     data.main(["--data", str(demo)])

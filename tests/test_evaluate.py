@@ -68,6 +68,12 @@ def test_by_hand():
     assert auroc == [0.75] and auprc == pytest.approx([5 / 6])
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, bool, np.int64, np.float16])
+def test_predictions_of_any_numeric_type(dtype):
+    y, prob = np.array([[1], [0], [1], [0]]), np.array([[1], [0], [0], [0]])
+    np.testing.assert_allclose(evaluate.auroc_auprc(y.astype(dtype), prob.astype(dtype)), by_sklearn(y, prob))
+
+
 def test_undefined_classes_do_not_count():
     y = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1]])
     scores = evaluate.report(y, np.array([[0.9, 0.5, 0.5], [0.1, 0.5, 0.5], [0.8, 0.5, 0.5]]), ["a", "b", "c"])
@@ -77,7 +83,7 @@ def test_undefined_classes_do_not_count():
     nothing = evaluate.report(y[:, 1:2], np.full((3, 1), 0.5), ["b"])
     assert nothing["macro_auroc"] is None and nothing["macro_auroc_ci"] == [None, None]
     json.dumps([scores, nothing], allow_nan=False)
-    assert "undefined here, not counted: b, c" in "\n".join(evaluate.table(scores))
+    assert "undefined here, not counted: b, c" in "\n".join(evaluate.summary(scores))
 
 
 def made_up(n, classes, seed=0, prevalence=0.05):
@@ -170,9 +176,9 @@ def test_a_checkpoint_alone_is_enough(checkpoint, demo, tmp_path, capsys):
 def test_folds_out_and_data(checkpoint, demo, tmp_path, capsys):
     moved = tmp_path / "elsewhere"
     shutil.move(demo, moved)
-    evaluate.main([str(checkpoint), "--fold", "9", "10", "--data", str(moved), "--out", str(tmp_path / "p.npz")])
+    evaluate.main([str(checkpoint), "--fold", "9", "10", "--data", str(moved), "--out", str(tmp_path / "run-frac0.1-p")])
     labels = data.load_labels(moved, "rhythm12")
-    assert np.load(tmp_path / "p.npz")["ecg_id"].tolist() == labels.ecg_id[labels.fold >= 9].tolist()
+    assert np.load(tmp_path / "run-frac0.1-p.npz")["ecg_id"].tolist() == labels.ecg_id[labels.fold >= 9].tolist()
 
 
 def test_predictions_of_any_model(tmp_path, capsys, fails):
@@ -189,7 +195,7 @@ Y, P = made_up(6, 2)
 @pytest.mark.parametrize("change, words", [
     ({"y_prob": None}, "no array 'y_prob'"), ({"y_prob": P[:5]}, "(5, 2)"), ({"y_prob": np.where(P == P[2, 1], np.nan, P)}, "no probabilities"),
     ({"y_prob": P + 1}, "no probabilities"), ({"y_true": Y * 2}, "other values than 0 and 1"), ({"classes": np.array(["a", "a"])}, "1 classes"),
-    ({"classes": np.array(["a", {}], dtype=object)}, "plain arrays"), ({"patient_id": np.arange(3)}, "patient_id has shape"),
+    ({"classes": np.array(["a", {}], dtype=object)}, "plain arrays"), ({"y_prob": P.astype(str)}, "wanted numbers"), ({"patient_id": np.arange(3)}, "patient_id has shape"),
 ])
 def test_bad_predictions(tmp_path, fails, change, words):
     arrays = {"y_true": Y, "y_prob": P, "classes": np.array(["a", "b"])} | change
@@ -227,6 +233,10 @@ def test_wrong_calls(checkpoint, tmp_path, demo, fails, monkeypatch):
     fails(evaluate.main, [tmp_path / "none.npz"], "no such file")
     fails(evaluate.main, [checkpoint, "--plot", "x.png"], "--record")
     fails(evaluate.main, [checkpoint, "--record", tmp_path / "none"], "cannot be read as a WFDB record")
+    fails(evaluate.main, [checkpoint, "--record", "x", "--json", "y"], "--json has no meaning with --record")
+    fails(evaluate.main, [tmp_path / "p.npz", "--fold", "9"], "--fold has no meaning for predictions")
+    fails(evaluate.main, [checkpoint, "--out", tmp_path / "no" / "p"], "there is no folder")
+    fails(evaluate.main, [checkpoint, "--record", demo / "records500/00000/00001_hr", "--plot", tmp_path / "ecg.doc"], "wanted .png")
     fails(evaluate.main, [checkpoint, "--fold", "11"], "no record of rhythm12 in fold 11")
     fails(evaluate.main, [checkpoint, "--batch-size", "0"], "--batch-size is 0")
     fails(evaluate.main, [checkpoint, "--device", "cuda:99"], "--device cpu")

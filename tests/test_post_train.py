@@ -139,7 +139,7 @@ def test_every_epoch_has_its_own_seed():
 
 def test_a_run_leaves_what_it_promises(run, demo):
     out = run(demo)
-    assert sorted(p.name for p in out.iterdir()) == ["best.pt", "last.pt", "metrics.jsonl", "test.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "best.pt", "last.pt", "metrics.jsonl", "test.json"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert all(list(line) == KEYS for line in lines)
     assert [(line["stage"], line["epoch"]) for line in lines] == [("probe", 1), ("probe", 2), ("finetune", 1), ("finetune", 2)]
@@ -325,7 +325,7 @@ def test_signals(demo_set, undisturbed, tmp_path, number, status):
     assert process.returncode == status
     if number != signal.SIGKILL:
         assert "--resume" in errors and "Traceback" not in errors and len(errors.strip().splitlines()) == 1
-        assert not [p for p in out.iterdir() if p.name.startswith(".")]
+        assert not [p for p in out.iterdir() if p.name.startswith(".") and p.name != ".lock"]
     torch.load(out / "last.pt", weights_only=True)
     process = tiny_run(demo_set, out, "--resume")
     assert "going on after" in process.communicate()[0]
@@ -348,9 +348,35 @@ def test_resume_with_other_arguments_lists_them(run, demo, tmp_path, fails):
 
 def test_one_process_at_a_time_trains_in_a_folder(tiny, demo_set, tmp_path, fails):
     (tmp_path / "run").mkdir()
-    with post_train.locked(tmp_path / "run"):
+    with post_train.lock_of(tmp_path / "run"):
         fails(post_train.main, arguments(demo_set, tmp_path / "run"), "another process is training there")
     post_train.main(arguments(demo_set, tmp_path / "run"))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(run, demo_set, tmp_path, monkeypatch, fails):
+    """As torch reports it: a RuntimeError in the middle of the file."""
+    real_save, calls = torch.save, []
+
+    def full(checkpoint, path):
+        calls.append(path)
+        if len(calls) == 4:
+            path.write_bytes(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        real_save(checkpoint, path)
+
+    with monkeypatch.context() as m:
+        m.setattr(torch, "save", full)
+        fails(post_train.main, arguments(demo_set, tmp_path / "run"), "last.pt: cannot be written", "--resume")
+    kept = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert kept["stage"] == "probe" and kept["epoch"] == 2 and not list((tmp_path / "run").glob(".*.pt"))
+    run(demo_set, "--resume", out=tmp_path / "run")
+
+
+def test_a_moved_data_set_does_not_stop_a_resume(run, demo, tmp_path):
+    out = run(demo)
+    (out / "test.json").unlink()
+    run(Path(shutil.move(demo, tmp_path / "moved")), "--resume", out=out)
+    assert (out / "test.json").exists()
 
 
 def test_a_non_finite_loss_stops_the_run(run, demo, monkeypatch, capsys):

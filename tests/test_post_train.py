@@ -240,6 +240,13 @@ def test_bf16_on_request(run, demo):
     assert a["train_loss"] != b["train_loss"] and a["train_loss"] == pytest.approx(b["train_loss"], rel=0.05)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_it_trains_the_same(run, demo):
+    a, b = (run(demo, "--probe-epochs", "0", "--epochs", "1", "--drop-path", "0", "--dropout", "0", *more) for more in ((), ("--compile",)))
+    assert history(a)[0]["train_loss"] == pytest.approx(history(b)[0]["train_loss"], rel=1e-4)
+    assert weights(a).keys() == weights(b).keys()
+
+
 def test_two_runs_of_one_seed_are_equal_and_of_two_are_not(run, demo):
     a, b, c = run(demo), run(demo), run(demo, "--seed", "1")
     assert_same_run(a, b)

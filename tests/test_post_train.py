@@ -94,7 +94,7 @@ def test_undefined_scores_are_no_improvement():
 
 
 def test_stage_table():
-    """The recipes, as REFERENCE and the paper give them."""
+    """The recipes, as the README gives them."""
     parse = post_train.parse
     post, base = parse(["--task", "all71"]), parse(["--task", "all71", "--strategy", "baseline"])
     assert (post.probe_epochs, post.epochs, post.drop_path, post.drop_path_mode, post.dropout, post.batch_size) == (30, 30, 0.5, "constant", 0.05, 256)

@@ -1,7 +1,6 @@
 """The metric against scikit-learn, the intervals, predictions, and the tool."""
 import json
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import data
 import evaluate
 import model as network
-from make_demo import make_demo
 
 
 @st.composite
@@ -112,7 +110,6 @@ def test_chunks_of_draws_change_nothing(monkeypatch):
 
 def test_interval_covers_as_the_normal_one_does():
     """For one class of many records the interval's width is DeLong's: compare with the spread over fresh samples."""
-    rng = np.random.default_rng(0)
     scores = [evaluate.auroc_auprc(*made_up(600, 1, seed, 0.3))[0][0] for seed in range(300)]
     low, high = evaluate.report(*made_up(600, 1, 1, 0.3), ["a"])["macro_auroc_ci"]
     assert (high - low) / 2 == pytest.approx(1.96 * np.std(scores), rel=0.15)

@@ -1,5 +1,4 @@
 """The network against the published figures and an independent plain version; stochastic depth; checkpoints."""
-import io
 import os
 import pickle
 import shutil

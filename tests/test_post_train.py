@@ -234,6 +234,18 @@ def test_the_fraction_acts_on_the_training_folds_alone(run, demo):
     assert "12 records to train and 5 to validate on, batch 12 (not 16)" in run.out
 
 
+def test_unreadable_records_are_left_out_on_request(run, demo, tmp_path, fails):
+    shutil.rmtree(demo / "cache")
+    labels = data.load_labels(demo, "rhythm12")
+    for fold in (1, 10):
+        (demo / f"records500/00000/{labels.ecg_id[labels.fold == fold][0]:05d}_hr.dat").unlink()
+    fails(post_train.main, arguments(demo, tmp_path / "run"), "2 records cannot be read", "--skip-unreadable")
+    out = run(demo, "--skip-unreadable")
+    assert f"{(labels.fold <= 8).sum() - 1} records to train" in run.out
+    evaluate.main([str(out / "best.pt"), "--json", str(tmp_path / "s.json")])  # the checkpoint remembers
+    assert json.loads((tmp_path / "s.json").read_text())["n"] == (labels.fold == 10).sum() - 1
+
+
 def test_bf16_on_request(run, demo):
     out = run(demo, "--amp", "bf16")
     a, b = history(out)[-1], history(run(demo))[-1]

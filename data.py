@@ -12,6 +12,7 @@ This file imports no other of the project.
 import argparse
 import ast
 import csv
+import errno
 import json
 import os
 import re
@@ -34,7 +35,7 @@ TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10
 PREPROCESSING = ("filter", "zscore", "raw")
 
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
-MAX_MILLIVOLTS = 6e4  # the largest float16 is 65504; an ECG has about 1 mV
+MAX_MILLIVOLTS = 1e4  # an ECG has about 1; resampling may overshoot, and the largest float16 is 65504
 BASELINE_WINDOW = 201  # samples of the running median, 0.4 s
 LAYOUT = 1          # of the cache; another number than the file's means: build it again
 CHUNK = 32          # records between two marks of progress
@@ -45,6 +46,14 @@ TABLES = ("ptbxl_database.csv", "scp_statements.csv")
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says what was found, what was wanted and what to do."""
+
+
+def line_of(error):
+    """An error as one line to a person; of the system's own (OSError) the file and the reason, without the number."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return f"{error.filename or 'a file'}: {error.strerror.lower()}{'; make room, and run the same command again' if full else ''}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- labels
@@ -68,8 +77,8 @@ def read_table(root, name, columns):
                 raise InputError(f"{path}: has no column {lacking[0]!r}; wanted PTB-XL's {name}, "
                                  f"`python data.py --download --data {root}` fetches it")
             rows = list(reader)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; wanted a PTB-XL folder: name it with --data, or "
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror.lower()}; wanted a PTB-XL folder: name it with --data, or "
                          f"`python data.py --download --data {root}` fetches it") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a csv file in UTF-8 ({error}); fetch it again") from None
@@ -94,7 +103,7 @@ def read_database(root, columns=()):
 def whole_number(root, number, row, column):
     try:
         value = float(row[column])
-        if value == int(value):
+        if value == int(value) and abs(value) < 2**53:
             return int(value)
     except (ValueError, OverflowError):
         pass
@@ -178,7 +187,8 @@ def read_record(path):
         record = wfdb.rdrecord(str(path))
         signal, names, units, fs = record.p_signal, record.sig_name, record.units, float(record.fs)
     except Exception as error:  # wfdb raises nearly every type for a malformed header or a short file
-        raise InputError(f"{path}: cannot be read as a WFDB record ({type(error).__name__}: {error})") from None
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}: cannot be read as a WFDB record ({reason}); wanted its .hea header and the signal file that this names") from None
     if signal is None or not len(signal) or not fs > 0:
         raise InputError(f"{path}: has {0 if signal is None else len(signal)} samples at {fs:g} Hz; wanted an ECG")
     row = {(name or "").strip().lower(): i for i, name in reversed(list(enumerate(names)))}
@@ -305,8 +315,12 @@ def build_cache(root, how="filter", workers=None, skip_unreadable=False):
     files, (source, paths) = cache_files(root, how), source_of(root, how)
     if up_to_date(files, source, paths, how, skip_unreadable):
         return
-    files.array.parent.mkdir(exist_ok=True)
-    with locked(files.array.parent, f".*.{how}.*"):  # a second build waits here, and then finds the work done
+    try:
+        files.array.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{files.array.parent}: {error.strerror.lower()}; the cache is kept there, remove what is in its way, or copy "
+                         "the data to a folder that can be written to") from None
+    with locked(files.array.parent, [f"{how}.*"]):  # a second build waits here, and then finds the work done
         if up_to_date(files, source, paths, how, skip_unreadable):
             return
         done = open_part(files, source)
@@ -347,7 +361,7 @@ def write_listing(path, unreadable):
 
 
 def unreadable_error(files, unreadable):
-    return InputError(f"{len(unreadable)} records cannot be read, the first is {unreadable[0][2]}; all are listed in {files.unreadable}, "
+    return InputError(f"{len(unreadable)} record{'s' * (len(unreadable) > 1)} cannot be read, the first is {unreadable[0][2]}; all are listed in {files.unreadable}, "
                       "the others are cached; fetch them again and run this again, or leave them out with --skip-unreadable")
 
 
@@ -360,13 +374,17 @@ def readable(path, how):
 
 
 @contextmanager
-def locked(folder, temporaries, wait=True):
-    """Keep other processes from writing to `folder`: wait for them, or raise BlockingIOError; remove what a killed one left."""
+def locked(folder, names, wait=True):
+    """Keep other processes from writing the files `names` (glob patterns) of `folder`: wait for them, or raise BlockingIOError.
+
+    Temporary files of these names, which a killed process may have left, are removed.
+    """
     import fcntl
     with open(Path(folder, ".lock"), "w") as lock:  # a file, open for writing, as network file systems want it
         fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for path in Path(folder).glob(temporaries):
-            path.unlink(missing_ok=True)
+        for name in names:
+            for path in Path(folder).glob(f".[0-9]*.{name}"):
+                path.unlink(missing_ok=True)
         yield
 
 
@@ -483,6 +501,8 @@ def write_atomically(path, write):
         with open(temporary, "r+b") as f:
             os.fsync(f.fileno())  # so that not even a power failure leaves an empty file under the final name
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk's error names no file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -622,7 +642,7 @@ def main(argv=None):
         print(f"{cache_files(args.data, args.preprocess).array}: {len(cache.row):,} records, {cache.signals.nbytes / 1e9:.2f} GB"
               f"{f', {left_out} unreadable ones left out' if left_out else ''}")
     except (InputError, OSError) as error:
-        sys.stderr.write(f"data.py: {error}\n")
+        sys.stderr.write(f"data.py: {line_of(error)}\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("data.py: interrupted; run the same command again, it goes on from what is done\n")

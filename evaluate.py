@@ -22,6 +22,7 @@ import model as network
 from data import InputError
 
 CHECKPOINT_LAYOUT = 1
+CHECKPOINT = {"layout": int, "task": str, "classes": list, "preprocessing": str, "data": str, "args": dict}  # what one says of itself
 DRAWS = 1000        # of the bootstrap
 DRAW_CHUNK = 2**22  # weights held at once, 32 MB
 
@@ -160,7 +161,7 @@ def load_checkpoint(path, device="cpu"):
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file; `python post_train.py` writes checkpoints to runs/")
     checkpoint = network.read_checkpoint(path)
-    lacking = [key for key in ("layout", "task", "classes", "preprocessing", "data", "args") if key not in checkpoint]
+    lacking = [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(key), kind)]
     if lacking:
         raise InputError(f"{path}: does not say its {lacking[0]}; wanted a checkpoint of post_train.py (weights for it to start "
                          "from are no model of a task yet: train first)")
@@ -181,7 +182,7 @@ def predict_folds(path, folds, root=None, device="cpu", batch_size=64, skip_unre
         other = sorted(set(labels.classes) ^ set(checkpoint["classes"]))
         raise InputError(f"{path}: its {len(checkpoint['classes'])} classes are not the {len(labels.classes)} of {root} "
                          f"(first difference: {(other or ['their order'])[0]}); wanted the data it was trained for")
-    data.build_cache(root, how, skip_unreadable=skip_unreadable or checkpoint["args"]["skip_unreadable"])
+    data.build_cache(root, how, skip_unreadable=skip_unreadable or checkpoint["args"].get("skip_unreadable", False))
     cache = data.load_cache(root, how)
     labels, rows = data.align(labels, cache)
     chosen = np.isin(labels.fold, folds)
@@ -210,7 +211,7 @@ def load_predictions(path):
     if y.dtype.kind not in "bfiu" or p.dtype.kind not in "bfiu":
         raise InputError(f"{path}: y_true is of type {y.dtype} and y_prob of type {p.dtype}; wanted numbers")
     if not np.isin(y, (0, 1)).all():
-        raise InputError(f"{path}: y_true holds other values than 0 and 1")
+        raise InputError(f"{path}: y_true holds other values than 0 and 1; wanted a 1 for each class a record has")
     if not (np.isfinite(p).all() and (p >= 0).all() and (p <= 1).all()):
         raise InputError(f"{path}: y_prob holds values that are no probabilities; wanted finite ones in [0, 1]")
     found["classes"] = np.array(classes)
@@ -241,12 +242,14 @@ def plot_record(record, path):
     """The first 10 s of a record on ECG paper (25 mm/s and 10 mm/mV lines), drawn by wfdb, to a picture file."""
     import matplotlib
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
     import wfdb
     signal, fs = data.read_record(record)
     figure = wfdb.plot_items(signal=np.nan_to_num(signal[:, :int(10 * fs)]).T.astype(float), fs=fs, sig_name=list(data.LEADS),
                              sig_units=["mV"] * len(data.LEADS), time_units="seconds", ecg_grids="all", figsize=(16, 22),
                              title=Path(record).name, return_fig=True)
     suffix = Path(path).suffix.lstrip(".") or "png"
+    plt.close(figure)  # pyplot would keep it
     if suffix not in figure.canvas.get_supported_filetypes():
         raise InputError(f"{path}: no picture can be written as .{suffix}; wanted .png, .pdf or .svg")
     data.write_atomically(path, lambda temporary: figure.savefig(temporary, format=suffix, dpi=80, bbox_inches="tight"))
@@ -292,7 +295,7 @@ def main(argv=None):
             write_json(args.json, scores)
         print("\n".join([*summary(scores), "", *table(scores)]))
     except (InputError, network.WeightsError, OSError) as error:
-        sys.stderr.write(f"evaluate.py: {error}\n")
+        sys.stderr.write(f"evaluate.py: {data.line_of(error)}\n")
         sys.exit(2)
     except torch.OutOfMemoryError:
         sys.stderr.write(f"evaluate.py: the GPU's memory is too small for {args.batch_size} ECGs; try --batch-size {max(1, args.batch_size // 2)}\n")

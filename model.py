@@ -226,16 +226,16 @@ def read_checkpoint(path):
     try:
         with torch.serialization.safe_globals(allowed):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise WeightsError(f"{path}: no such file; `python model.py --download` fetches the official weights") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise WeightsError(f"{path}: {error.strerror.lower()}; wanted a checkpoint, `python model.py --download` fetches the official weights") from None
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "load key" in line), "damaged")
         raise WeightsError(f"{path}: refused, not a checkpoint of tensors and plain data ({reason.strip()}); "
-                           "fetch it again; `python model.py --download` fetches the official weights") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+                           "fetch or train it again; `python model.py --download` fetches the official weights") from None
+    except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{path}: damaged or not a PyTorch checkpoint ({reason}); "
-                           "fetch it again; `python model.py --download` fetches the official weights") from None
+                           "fetch or train it again; `python model.py --download` fetches the official weights") from None
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise WeightsError(f"{path}: holds no `state_dict` of tensors; wanted the official .pth or a checkpoint of post_train.py")

@@ -310,7 +310,7 @@ def save(path, checkpoint):
         try:
             torch.save(checkpoint, temporary)
         except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(f"{path}: cannot be written ({str(error).splitlines()[0]}); make room, and go on with --resume") from None
+            raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); make room, and go on with --resume") from None
     data.write_atomically(path, write)
 
 
@@ -322,6 +322,8 @@ def write_history(out, history, rank):
 
 
 def check_arguments(args, last):
+    if "optimizer" not in last:
+        raise InputError(f"{args.out}/last.pt: holds no optimizer; wanted what post_train.py wrote there, or another --out without --resume")
     changed = [f"--{key.replace('_', '-')} was {last['args'].get(key)}, now {value}" for key, value in vars(args).items()
                if key not in FREE_ARGUMENTS and last["args"].get(key) != value]
     if changed:
@@ -404,7 +406,10 @@ def run(args):
         return
     if args.resume and not (out / "last.pt").exists() and rank == 0:
         print(f"{out}: no last.pt to go on from, starting anew")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({error.strerror.lower()}); give another --out") from None
     data.build_cache(args.data, args.preprocess, skip_unreadable=args.skip_unreadable)  # may take longer than ranks wait for each other
     with lock_of(out) if rank == 0 else nullcontext():
         if world > 1:
@@ -424,7 +429,7 @@ def run(args):
 @contextmanager
 def lock_of(out):
     try:
-        with data.locked(out, ".*.pt", wait=False):
+        with data.locked(out, ("best.pt", "last.pt", "metrics.jsonl", "test.json"), wait=False):
             yield
     except BlockingIOError:
         raise InputError(f"{out}: another process is training there; wait for it, or give another --out") from None
@@ -441,7 +446,7 @@ def main(argv=None):
         run(args)
         return
     except (InputError, network.WeightsError, OSError) as error:
-        status, message = 2, str(error)
+        status, message = 2, data.line_of(error)
     except NonFinite as error:
         status, message = 1, f"{error}; last.pt keeps the last good epoch; --amp bf16 or off, or a lower --lr, with another --out may mend it"
     except torch.OutOfMemoryError:

@@ -1,0 +1,68 @@
+"""Run a script of the project with a small network and kill it (SIGKILL) at one of its moments.
+
+    python tests/moments.py LIST 0 FOLDER post_train.py --task ...     # run to the end; the moments' names go to the file LIST
+    python tests/moments.py LIST 37 FOLDER post_train.py --task ...    # end at the 37th moment
+
+Moments: each file below FOLDER that is opened, renamed or removed, by the script's workers too; each call of a module of the
+network; and a checkpoint of which half is written. Their order is the same in every run of one process.
+"""
+import atexit
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import tiny
+
+
+def watch(listing, kill_at, folder):
+    """Begin to count; returns the function that counts a moment."""
+    counter, names, script = multiprocessing.get_context("fork").Value("q"), [], os.getpid()
+
+    def moment(name, just_before=lambda: None):
+        with counter.get_lock():
+            counter.value += 1
+            names.append(re.sub(r"\.\d+\.", "", name, count=1))  # a temporary file's name holds the process number
+            if counter.value == kill_at:
+                just_before()
+                os.kill(script, signal.SIGKILL)
+
+    def audit(event, args):
+        if event in ("open", "os.rename", "os.remove") and isinstance(args[0], (str, os.PathLike)) and str(args[0]).startswith(folder):
+            moment(f"{event} {os.path.basename(args[0])}")
+
+    def write():
+        if os.getpid() == script:
+            Path(listing).write_text(json.dumps(names + ["in a worker"] * (counter.value - len(names))))
+
+    sys.addaudithook(audit)
+    atexit.register(write)
+    return moment
+
+
+def watch_network(moment):
+    import torch
+    save = torch.save
+
+    def save_and_watch(value, path):
+        save(value, path)
+        moment(f"half of {path.name}", lambda: os.truncate(path, path.stat().st_size // 2))
+
+    torch.save = save_and_watch
+    torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, x: moment(f"{'training' if module.training else 'inference'} {type(module).__name__}"))
+
+
+if __name__ == "__main__":
+    listing, kill_at, folder, name, *arguments = sys.argv[1:]
+    sys.path.insert(0, str(tiny.ROOT))
+    moment = watch(listing, int(kill_at), folder)
+    if name == "post_train.py":
+        tiny.shrink()
+        watch_network(moment)
+    sys.argv = [name, *arguments]
+    runpy.run_path(str(tiny.ROOT / name), run_name="__main__")

@@ -53,7 +53,7 @@ def line_of(error):
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return f"{error.filename or 'a file'}: {error.strerror.lower()}{'; make room, and run the same command again' if full else ''}"
+    return f"{error.filename or 'the system'}: {error.strerror.lower()}{'; make room, and run the same command again' if full else ''}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- labels
@@ -566,7 +566,6 @@ def download(root, url=URL):
     import torch.hub
     import zipfile
     import zlib
-    from urllib.error import URLError
     root, sums = Path(root), Path(root, "SHA256SUMS.txt")
     if sums.exists() and all(is_right(root / name, digest) for name, digest in wanted_files(sums.read_text(), sums).items()):
         return
@@ -575,8 +574,8 @@ def download(root, url=URL):
     if not archive.exists():
         try:
             torch.hub.download_url_to_file(url, str(archive))
-        except (URLError, ValueError) as error:
-            raise InputError(f"{url}: cannot be fetched ({error}); run the same command again, or --url for a mirror") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{url}: cannot be fetched ({line_of(error)}); run the same command again, or --url for a mirror") from None
     try:
         unpack(archive, root)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:

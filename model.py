@@ -326,8 +326,8 @@ def download(path, url):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, path, hash_prefix=OFFICIAL_SHA256)
-    except ValueError as error:
-        raise WeightsError(f"--url {url}: {error}; wanted an address such as {OFFICIAL_URL}") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{url}: cannot be fetched ({error}); run the same command again, or --url for a mirror") from None
     except RuntimeError as error:  # the hash differs; nothing was written
         raise WeightsError(f"{url}: not the known release ({error}); nothing was kept, run the same command again") from None
 

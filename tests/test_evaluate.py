@@ -186,20 +186,6 @@ def test_predictions_of_any_model(tmp_path, capsys, fails):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.npz", "s.json"]
 
 
-Y, P = made_up(6, 2)
-
-
-@pytest.mark.parametrize("change, words", [
-    ({"y_prob": None}, "no array 'y_prob'"), ({"y_prob": P[:5]}, "(5, 2)"), ({"y_prob": np.where(P == P[2, 1], np.nan, P)}, "no probabilities"),
-    ({"y_prob": P + 1}, "no probabilities"), ({"y_true": Y * 2}, "other values than 0 and 1"), ({"classes": np.array(["a", "a"])}, "1 classes"),
-    ({"classes": np.array(["a", {}], dtype=object)}, "plain arrays"), ({"y_prob": P.astype(str)}, "wanted numbers"), ({"patient_id": np.arange(3)}, "patient_id has shape"),
-])
-def test_bad_predictions(tmp_path, fails, change, words):
-    arrays = {"y_true": Y, "y_prob": P, "classes": np.array(["a", "b"])} | change
-    np.savez(tmp_path / "bad.npz", **{k: v for k, v in arrays.items() if v is not None})
-    fails(evaluate.main, [tmp_path / "bad.npz"], "bad.npz", words)
-
-
 def test_one_record_equals_the_prediction_through_the_cache(checkpoint, demo, tmp_path, capsys):
     evaluate.main([str(checkpoint), "--fold", *map(str, range(1, 11)), "--out", str(tmp_path / "p.npz")])
     z = np.load(tmp_path / "p.npz")
@@ -223,24 +209,3 @@ def test_a_record_of_another_rate(checkpoint, tmp_path, capsys):
     capsys.readouterr()
     evaluate.main([str(checkpoint), "--record", str(tmp_path / "slow")])
     assert len(capsys.readouterr().out.splitlines()) == 5
-
-
-def test_wrong_calls(checkpoint, tmp_path, demo, fails, monkeypatch):
-    fails(evaluate.main, [tmp_path / "none.pt"], "no such file")
-    fails(evaluate.main, [tmp_path / "none.npz"], "no such file")
-    fails(evaluate.main, [checkpoint, "--plot", "x.png"], "--record")
-    fails(evaluate.main, [checkpoint, "--record", tmp_path / "none"], "cannot be read as a WFDB record")
-    fails(evaluate.main, [checkpoint, "--record", "x", "--json", "y"], "--json has no meaning with --record")
-    fails(evaluate.main, [tmp_path / "p.npz", "--fold", "9"], "--fold has no meaning for predictions")
-    fails(evaluate.main, [checkpoint, "--out", tmp_path / "no" / "p"], "there is no folder")
-    fails(evaluate.main, [checkpoint, "--record", demo / "records500/00000/00001_hr", "--plot", tmp_path / "ecg.doc"], "wanted .png")
-    fails(evaluate.main, [checkpoint, "--fold", "11"], "no record of rhythm12 in fold 11")
-    fails(evaluate.main, [checkpoint, "--batch-size", "0"], "--batch-size is 0")
-    fails(evaluate.main, [checkpoint, "--device", "cuda:99"], "--device cpu")
-    fails(evaluate.main, [checkpoint, "--data", tmp_path / "none"], "ptbxl_database.csv", "data.py --download")
-    changed = network.read_checkpoint(checkpoint)
-    for change, words in (({"layout": 99}, "layout 99"), ({"classes": changed["classes"][:-1] + ["ZZZ"]}, "first difference")):
-        torch.save({**changed, **change}, tmp_path / "changed.pt")
-        fails(evaluate.main, [tmp_path / "changed.pt"], words)
-    torch.save({"state_dict": changed["state_dict"]}, tmp_path / "bare.pt")
-    fails(evaluate.main, [tmp_path / "bare.pt"], "does not say its layout", "train first")

@@ -1,4 +1,4 @@
-"""The training loop: stages, schedules, promises of reproducibility, interruption, several processes, wrong calls."""
+"""The training loop: stages, schedules, promises of reproducibility, interruption, several processes."""
 import csv
 import json
 import math
@@ -356,39 +356,11 @@ def test_resume_without_a_run_starts_anew(run, demo):
     assert "no last.pt to go on from, starting anew" in run.out and len(history(out)) == 4
 
 
-def test_resume_with_other_arguments_lists_them(run, demo, tmp_path, fails):
-    out = run(demo)
-    (out / "test.json").unlink()
-    before = (out / "last.pt").read_bytes()
-    fails(post_train.main, arguments(demo, out, "--resume", "--lr", "0.01", "--seed", "4"), "--lr was 0.0005, now 0.01", "--seed was 0, now 4")
-    fails(post_train.main, arguments(demo, out), "holds a run already", "--resume")
-    assert (out / "last.pt").read_bytes() == before
-
-
 def test_one_process_at_a_time_trains_in_a_folder(tiny, demo_set, tmp_path, fails):
     (tmp_path / "run").mkdir()
     with post_train.lock_of(tmp_path / "run"):
         fails(post_train.main, arguments(demo_set, tmp_path / "run"), "another process is training there")
     post_train.main(arguments(demo_set, tmp_path / "run"))
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(run, demo_set, tmp_path, monkeypatch, fails):
-    """As torch reports it: a RuntimeError in the middle of the file."""
-    real_save, calls = torch.save, []
-
-    def full(checkpoint, path):
-        calls.append(path)
-        if len(calls) == 4:
-            path.write_bytes(b"half")
-            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-        real_save(checkpoint, path)
-
-    with monkeypatch.context() as m:
-        m.setattr(torch, "save", full)
-        fails(post_train.main, arguments(demo_set, tmp_path / "run"), "last.pt: cannot be written", "--resume")
-    kept = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert kept["stage"] == "probe" and kept["epoch"] == 2 and not list((tmp_path / "run").glob(".*.pt"))
-    run(demo_set, "--resume", out=tmp_path / "run")
 
 
 def test_a_moved_data_set_does_not_stop_a_resume(run, demo, tmp_path):
@@ -454,30 +426,7 @@ def test_two_processes_equal_one(demo_set, tmp_path):
         torch.testing.assert_close(value, weights(tmp_path / "two")[key], atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------- wrong calls
-
-@pytest.mark.parametrize("more, words", [
-    (["--task", "rythm12"], "did you mean rhythm12"), (["--frac", "0"], "the fraction is 0"), (["--frac", "nan"], "wanted 0 < fraction <= 1"),
-    (["--frac", "1.5"], "1.5"), (["--epochs", "-1"], "--epochs is -1"), (["--batch-size", "0"], "--batch-size is 0"), (["--drop-path", "1"], "--drop-path is 1"),
-    (["--dropout", "-0.1"], "--dropout is -0.1"), (["--lr", "nan"], "--lr is nan"), (["--epochs", "0", "--probe-epochs", "0"], "train nothing"),
-    (["--weights", "absent.pth"], "python model.py --download"), (["--device", "cuda:77"], "CUDA devices"), (["--device", "tpu9"], "unknown"),
-    (["--data", "absent"], "data.py --download"),
-])
-def test_wrong_calls(tiny, demo_set, tmp_path, fails, more, words):
-    fails(post_train.main, arguments(demo_set, tmp_path / "run", *more), words)
-    assert not list((tmp_path / "run").glob("*.pt"))
-
-
-def test_weights_of_another_network(tiny, demo_set, tmp_path, fails):
-    torch.save({"state_dict": {"first_conv.conv.weight": torch.zeros(3)}}, tmp_path / "w.pth")
-    fails(post_train.main, arguments(demo_set, tmp_path / "run", "--weights", tmp_path / "w.pth"), "missing keys (first: dense.bias)", "misshapen")
-
-
-def test_a_set_without_a_test_fold(tiny, demo, tmp_path, fails):
-    text = (demo / "ptbxl_database.csv").read_text()
-    (demo / "ptbxl_database.csv").write_text(text.replace(",10,records100", ",8,records100"))
-    fails(post_train.main, arguments(demo, tmp_path / "run"), "no record of rhythm12 in fold 10")
-
+# ------------------------------------------------------------------------------------------------------------ the options
 
 def test_every_option_explains_itself(capsys):
     with pytest.raises(SystemExit):

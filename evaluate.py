@@ -1,8 +1,10 @@
-"""Macro AUROC and AUPRC on PTB-XL's test fold, with 95 % intervals over patients; or the prediction for one ECG.
+"""Macro AUROC and AUPRC on PTB-XL's test fold, with 95 % intervals over patients; models compared; one ECG predicted.
 
     python evaluate.py runs/x/best.pt                     # fold 10; writes runs/x/predictions.npz
     python evaluate.py runs/x/best.pt --fold 9 10 --json scores.json
     python evaluate.py predictions.npz                    # of any model: y_true (N, L), y_prob (N, L), classes (L,)
+    python evaluate.py A.npz B.npz runs/x/best.pt --plot models.png   # side by side, with paired differences
+    python evaluate.py runs/a-*/best.pt runs/b-*/best.pt --group 3     # three seeds of each of two settings
     python evaluate.py runs/x/best.pt --record path/to/record --plot ecg.png
 
 A checkpoint of post_train.py holds all that is needed: network, task, classes, preprocessing, data path. Predictions are
@@ -11,8 +13,11 @@ made in float32 (on a GPU with PyTorch's defaults: TF32 convolutions where it ha
 import argparse
 import json
 import os
+import re
 import sys
+from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +30,7 @@ CHECKPOINT_LAYOUT = 1
 CHECKPOINT = {"layout": int, "task": str, "classes": list, "preprocessing": str, "data": str, "args": dict}  # what one says of itself
 DRAWS = 1000        # of the bootstrap
 DRAW_CHUNK = 2**22  # weights held at once, 32 MB
+METRICS = ("auroc", "auprc")
 
 
 # ---------------------------------------------------------------------------------------------------------------- metric
@@ -74,40 +80,119 @@ def macro(values):
 
 
 def bootstrap(y_true, y_prob, patient_id=None, draws=DRAWS, seed=0):
-    """Macro AUROC and AUPRC under `draws` Bayesian bootstrap weightings (Rubin 1981) of the patients: (draws, 2).
+    """AUROC and AUPRC of every class under `draws` Bayesian bootstrap weightings (Rubin 1981) of the patients: (draws, 2, L).
 
     Every patient (every record where patients are unknown) gets one Exp(1) weight a draw. No weight is zero, so that every
-    class stays defined; drawing with replacement would lose the rare classes' positives.
+    class stays defined; drawing with replacement would lose the rare classes' positives. One seed gives the same patients
+    the same weights whatever the model, so that differences of two models' draws are paired.
     """
     _, patient = np.unique(np.arange(len(y_true)) if patient_id is None else patient_id, return_inverse=True)
     rng, chunks = np.random.default_rng(seed), []
     step = max(1, DRAW_CHUNK // max(1, len(y_true)))
     for start in range(0, draws, step):
         weight = rng.exponential(size=(min(step, draws - start), patient.max(initial=-1) + 1))[:, patient]
-        chunks.append(np.stack([macro(m) for m in auroc_auprc(y_true, y_prob, weight)], axis=-1))
+        chunks.append(np.stack(auroc_auprc(y_true, y_prob, weight), axis=1))
     return np.concatenate(chunks)
 
 
-def report(y_true, y_prob, classes, patient_id=None):
+class Scores(NamedTuple):
+    """AUROC and AUPRC of each class, and the same under each draw of the bootstrap; of one model, or the mean of several."""
+    point: np.ndarray   # (2, L)
+    draws: np.ndarray   # (D, 2, L)
+
+
+def score(y_true, y_prob, patient_id=None):
+    return Scores(np.stack(auroc_auprc(y_true, y_prob)), bootstrap(y_true, y_prob, patient_id))
+
+
+def plain(values):
+    """An array as nested lists of floats, None where undefined."""
+    return [plain(v) for v in values] if np.ndim(values) else None if np.isnan(values) else float(values)
+
+
+def interval(draws):
+    """95 % intervals over the first axis, the draws: (D, ...) -> (..., 2)."""
+    return np.moveaxis(np.percentile(draws, (2.5, 97.5), axis=0), 0, -1)
+
+
+def report(y_true, y_prob, classes, patient_id=None, scores=None):
     """The scores as plain data: macro AUROC and AUPRC with 95 % intervals, per class, undefined classes; None if undefined."""
-    auroc, auprc = auroc_auprc(y_true, y_prob)
-    point = np.array([macro(auroc), macro(auprc)])
-    scores = bootstrap(y_true, y_prob, patient_id)
-    low, high = np.percentile(scores, (2.5, 97.5), axis=0)
-    value = lambda x: None if np.isnan(x) else float(x)
+    scores = scores or score(y_true, y_prob, patient_id)
+    point, draws = macro(scores.point), macro(scores.draws)
+    ci = interval(draws)
     return {
         "n": len(y_true),
-        "macro_auroc": value(point[0]), "macro_auprc": value(point[1]),
-        "macro_auroc_ci": [value(low[0]), value(high[0])], "macro_auprc_ci": [value(low[1]), value(high[1])],
-        "bootstrap_bias": dict(zip(("macro_auroc", "macro_auprc"), map(value, scores.mean(0) - point))),
-        "per_class": {name: {"positives": int(positives), "auroc": value(a), "auprc": value(p)}
-                      for name, positives, a, p in zip(classes, np.sum(y_true, axis=0), auroc, auprc)},
-        "undefined": [name for name, a in zip(classes, auroc) if np.isnan(a)],
+        "macro_auroc": plain(point[0]), "macro_auprc": plain(point[1]), "macro_auroc_ci": plain(ci[0]), "macro_auprc_ci": plain(ci[1]),
+        "bootstrap_bias": dict(zip(("macro_auroc", "macro_auprc"), plain(draws.mean(0) - point))),
+        "per_class": {name: {"positives": int(positives), "auroc": plain(a), "auprc": plain(p)}
+                      for name, positives, a, p in zip(classes, np.sum(y_true, axis=0), *scores.point)},
+        "undefined": [name for name, a in zip(classes, scores.point[0]) if np.isnan(a)],
     }
+
+
+def difference(a, b, classes, top=5):
+    """How model b differs from model a (Scores of the same records), b - a, as plain data; intervals are paired.
+
+    The gain is relative to a, in percent. classes: those that differ most, by the larger of the two differences.
+    """
+    point, ci = macro(b.point) - macro(a.point), interval(macro(b.draws) - macro(a.draws))
+    per_class = b.point - a.point
+    most = [i for i in np.argsort(-np.abs(per_class).max(0), kind="stable") if not np.isnan(per_class[0, i])][:top]  # NaNs come last
+    out = {}
+    for i, name in enumerate(METRICS):
+        out |= {f"macro_{name}_diff": plain(point[i]), f"macro_{name}_diff_ci": plain(ci[i]),
+                f"macro_{name}_gain_percent": plain(100 * point[i] / macro(a.point)[i])}
+    return out | {"classes": {classes[i]: {f"{name}_diff": plain(per_class[k, i]) for k, name in enumerate(METRICS)} for i in most}}
+
+
+def grouped(names, scores, size):
+    """Runs of `size` consecutive models, the seeds of one setting -> their names, the Scores of each group's mean, and plain data."""
+    means, groups = [], []
+    for i in range(0, len(names), size):
+        files, members = names[i:i + size], scores[i:i + size]
+        name = re.sub(r"[-_. ]*(seed|s)?[-_.]?\d*$", "", os.path.commonprefix(files)) or files[0]
+        means.append(Scores(*(np.mean(parts, axis=0) for parts in zip(*members))))
+        macros = np.array([macro(s.point) for s in members])
+        sd = macros.std(0, ddof=1) if size > 1 else np.full(2, np.nan)
+        groups.append({"name": name, "files": files} | {f"macro_{metric}_{kind}": plain(v[k]) for k, metric in enumerate(METRICS)
+                                                        for kind, v in (("mean", macros.mean(0)), ("sd", sd))})
+    return [g["name"] for g in groups], means, groups
 
 
 def show(score):
     return "     -" if score is None else f"{score:6.4f}"
+
+
+def side_by_side(reports):
+    """Models' macro scores with intervals as lines to print."""
+    width = max(len(r["name"]) for r in reports)
+    lines = [f"{'':{width}}  AUROC  95 % interval    AUPRC  95 % interval"]
+    for r in reports:
+        columns = [f"{show(r[f'macro_{m}'])} {show(r[f'macro_{m}_ci'][0])} to {show(r[f'macro_{m}_ci'][1])}" for m in METRICS]
+        lines.append(f"{r['name']:{width}} {'  '.join(columns)}")
+    return lines
+
+
+def differences(pairs):
+    """What `difference` says of each pair as lines to print."""
+    lines = []
+    for p in pairs:
+        lines.append(f"{p['b']} - {p['a']}")
+        for m in METRICS:
+            diff, (low, high), gain = (p[f"macro_{m}_{key}"] for key in ("diff", "diff_ci", "gain_percent"))
+            if diff is not None:
+                lines.append(f"  {m.upper()} {diff:+.4f}  95 % interval {low:+.4f} to {high:+.4f}  {gain:+.1f} %")
+        lines.append("  most (AUROC, AUPRC): " + ", ".join(f"{c} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}" for c, d in p["classes"].items()))
+    return lines
+
+
+def group_lines(groups):
+    width, size = max(len(g["name"]) for g in groups), len(groups[0]["files"])
+    lines = [f"{'mean and standard deviation of ' + str(size):{width}}"]
+    for g in groups:
+        lines.append(f"{g['name']:{width}} " + "  ".join(
+            f"macro {m.upper()} {show(g[f'macro_{m}_mean'])} sd {show(g[f'macro_{m}_sd'])}" for m in METRICS))
+    return lines
 
 
 def summary(scores):
@@ -116,9 +201,11 @@ def summary(scores):
     for name in ("auroc", "auprc"):
         low, high = scores[f"macro_{name}_ci"]
         lines.append(f"macro {name.upper()} {show(scores[f'macro_{name}'])}  95 % interval {show(low)} to {show(high)}")
-    if scores["undefined"]:
-        lines.append(f"undefined here, not counted: {', '.join(scores['undefined'])}")
-    return lines
+    return lines + undefined(scores)
+
+
+def undefined(scores):
+    return [f"undefined here, not counted: {', '.join(scores['undefined'])}"] if scores["undefined"] else []
 
 
 def table(scores):
@@ -242,64 +329,173 @@ def plot_record(record, path):
     """The first 10 s of a record on ECG paper (25 mm/s and 10 mm/mV lines), drawn by wfdb, to a picture file."""
     import matplotlib
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     import wfdb
     signal, fs = data.read_record(record)
     figure = wfdb.plot_items(signal=np.nan_to_num(signal[:, :int(10 * fs)]).T.astype(float), fs=fs, sig_name=list(data.LEADS),
                              sig_units=["mV"] * len(data.LEADS), time_units="seconds", ecg_grids="all", figsize=(16, 22),
                              title=Path(record).name, return_fig=True)
-    suffix = Path(path).suffix.lstrip(".") or "png"
+    save_picture(figure, path, 80)
+
+
+def plot_models(path, names, scores, classes, positives):
+    """Every defined class's AUROC and AUPRC with 95 % intervals, all models (lists of names and of Scores) in one picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    order = np.argsort(np.mean([s.point[0] for s in scores], axis=0), kind="stable")
+    order = [i for i in order if not np.isnan(scores[0].point[0, i])]
+    height = np.arange(len(order))
+    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(9, 1.5 + 0.06 * len(order) * (2 + len(scores))), layout="constrained")
+    for k, (axis, metric) in enumerate(zip(axes, METRICS)):
+        for m, (name, s) in enumerate(zip(names, scores)):
+            x, ci = s.point[k, order], interval(s.draws[:, k, order])
+            reach = np.maximum(0, [x - ci[:, 0], ci[:, 1] - x])
+            axis.errorbar(x, height + 0.7 * ((len(scores) - 1) / 2 - m) / len(scores), xerr=reach, fmt="o", markersize=3, linewidth=1,
+                          label=f"{name} (macro {macro(s.point)[k]:.3f})")
+        axis.set(xlabel=metric.upper(), ylim=(-0.7, len(order) - 0.3), yticks=height, yticklabels=[f"{classes[i]} ({positives[i]})" for i in order])
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize="small")
+    save_picture(figure, path, 120)
+
+
+def save_picture(figure, path, dpi):
+    import matplotlib.pyplot as plt
     plt.close(figure)  # pyplot would keep it
-    if suffix not in figure.canvas.get_supported_filetypes():
-        raise InputError(f"{path}: no picture can be written as .{suffix}; wanted .png, .pdf or .svg")
-    data.write_atomically(path, lambda temporary: figure.savefig(temporary, format=suffix, dpi=80, bbox_inches="tight"))
+    data.write_atomically(path, lambda temporary: figure.savefig(temporary, format=Path(path).suffix.lstrip("."), dpi=dpi, bbox_inches="tight"))
+
+
+# ------------------------------------------------------------------------------------------------------------ comparison
+
+def matched(names, models):
+    """Several models' predictions over the records and classes of the first: ecg_id, patient_id, classes, y_true, [y_prob].
+
+    Records are matched by ecg_id, classes by name, in whatever order they come. Raises InputError saying what does not match.
+    """
+    first, probs = models[0], []
+    patient_id = first["patient_id"]
+    for name, p in zip(names, models):
+        places = []
+        for key, what in (("ecg_id", "record"), ("classes", "class")):
+            if p[key] is None:
+                raise InputError(f"{name}: has no {key}; wanted an array (N,), by which records are matched")
+            mine, wanted = p[key].tolist(), first[key].tolist()
+            if len(set(mine)) < len(mine):
+                raise InputError(f"{name}: holds a {what} twice; wanted each once")
+            if other := sorted(set(mine) ^ set(wanted), key=str):
+                lacks, more = len(set(wanted) - set(mine)), len(set(mine) - set(wanted))
+                raise InputError(f"{name}: of {names[0]}'s {len(wanted)} {key} it lacks {lacks}, and it has {more} others "
+                                 f"(first difference: {what} {other[0]}); wanted the same")
+            place = {value: i for i, value in enumerate(mine)}
+            places.append([place[value] for value in wanted])
+        y = p["y_true"][np.ix_(*places)]
+        if len(unlike := np.argwhere(y != first["y_true"])):
+            i, c = unlike[0]
+            raise InputError(f"{name}: {first['classes'][c]} of ecg_id {first['ecg_id'][i]} is {y[i, c]}, in {names[0]} "
+                             f"{first['y_true'][i, c]}; wanted the same labels")
+        if patient_id is None and p["patient_id"] is not None:
+            patient_id = p["patient_id"][places[0]]
+        probs.append(p["y_prob"][np.ix_(*places)])
+    return {"classes": first["classes"].tolist(), "patient_id": patient_id, "y_true": first["y_true"], "y_prob": probs}
+
+
+def names_of(paths):
+    """A short name for each file: its own, or its folder's where its own says nothing; whole paths where those would not differ."""
+    paths = [Path(p) for p in paths]
+    names = [p.resolve().parent.name if p.stem in ("best", "last", "predictions") else p.stem for p in paths]
+    return names if len(set(names)) == len(set(paths)) else [str(p) for p in paths]
+
+
+def compare(paths, models, group):
+    """Reports, pairs and (with `group`) groups of several models as plain data; names and Scores to draw; lines to print."""
+    names = names_of(paths)
+    m = matched(names, models)
+    scores = [score(m["y_true"], prob, m["patient_id"]) for prob in m["y_prob"]]
+    reports = [{"name": name, **report(m["y_true"], None, m["classes"], scores=s)} for name, s in zip(names, scores)]
+
+    def pairs(names, scores):
+        return [{"a": names[i], "b": names[j], **difference(scores[i], scores[j], m["classes"])} for i, j in combinations(range(len(names)), 2)]
+
+    out = {"models": reports, "pairs": pairs(names, scores)}
+    lines = [f"{reports[0]['n']:,} records", *undefined(reports[0]), "", *side_by_side(reports), ""]
+    shown = out["pairs"]
+    if group:
+        names, scores, out["groups"] = grouped(names, scores, group)
+        shown = out["group_pairs"] = pairs(names, scores)
+        lines += [*group_lines(out["groups"]), ""]
+    return out, names, scores, lines + differences(shown)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", metavar="FILE", help="a checkpoint of post_train.py, or predictions (.npz) of any model")
+    parser.add_argument("models", metavar="FILE", nargs="+", help="checkpoints of post_train.py, or predictions (.npz) of any model; several are compared")
     parser.add_argument("--fold", type=int, nargs="+", metavar="K", help="folds to predict (default: 10, the test fold)")
     parser.add_argument("--data", help="PTB-XL's folder (default: where the checkpoint was trained)")
     parser.add_argument("--out", help="where to write the predictions (default: predictions.npz beside the checkpoint)")
     parser.add_argument("--json", metavar="FILE", help="also write the scores as JSON")
+    parser.add_argument("--group", type=int, metavar="K", help="each K consecutive files are the seeds of one setting: mean and standard deviation")
     parser.add_argument("--record", metavar="PATH", help="predict this one WFDB record (path without extension) instead")
-    parser.add_argument("--plot", metavar="FILE.png", help="with --record: draw the ECG")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw each class's AUROC and AUPRC; with --record: the ECG")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     parser.add_argument("--batch-size", type=int, default=64, help="ECGs at once (default: 64)")
     parser.add_argument("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
     args = parser.parse_args(argv)
     try:
-        if args.plot and not args.record:
-            raise InputError("--plot draws the ECG of --record PATH; give both")
-        given = [name for name in ("--fold", "--data", "--out", "--json") if getattr(args, name[2:]) is not None]
-        if given and (args.record or (args.model.endswith(".npz") and given != ["--json"])):
-            raise InputError(f"{given[0]} has no meaning {'with --record' if args.record else 'for predictions'}; leave it out")
-        out = Path(args.out or Path(args.model).with_name("predictions.npz"))
-        out = out if out.suffix == ".npz" else out.with_name(f"{out.name}.npz")
-        for path in (out, Path(args.json or out)):
-            if not path.parent.is_dir():
-                raise InputError(f"{path}: there is no folder {path.parent}; make it first")
-        if args.batch_size < 1:
-            raise InputError(f"--batch-size is {args.batch_size}; wanted at least 1")
+        check(args)
         device = pick_device(args.device)
         if args.record:
-            print("\n".join(predict_record(args.model, args.record, device, args.plot)))
+            print("\n".join(predict_record(args.models[0], args.record, device, args.plot)))
             return
-        if args.model.endswith(".npz"):
-            predictions = load_predictions(args.model)
+        models = []
+        for path in args.models:
+            if path.endswith(".npz"):
+                models.append(load_predictions(path))
+                continue
+            models.append(predict_folds(path, args.fold or [data.TEST_FOLD], args.data, device, args.batch_size, args.skip_unreadable))
+            data.write_atomically(output_of(path, args.out), lambda temporary: np.savez(temporary, **models[-1]))
+        if len(models) > 1:
+            scores, names, drawn, lines = compare(args.models, models, args.group)
         else:
-            predictions = predict_folds(args.model, args.fold or [data.TEST_FOLD], args.data, device, args.batch_size, args.skip_unreadable)
-            data.write_atomically(out, lambda path: np.savez(path, **predictions))
-        scores = report(predictions["y_true"], predictions["y_prob"], predictions["classes"].tolist(), predictions["patient_id"])
+            p, names = models[0], names_of(args.models)
+            drawn = [score(p["y_true"], p["y_prob"], p["patient_id"])]
+            scores = report(p["y_true"], p["y_prob"], p["classes"].tolist(), scores=drawn[0])
+            lines = [*summary(scores), "", *table(scores)]
         if args.json:
             write_json(args.json, scores)
-        print("\n".join([*summary(scores), "", *table(scores)]))
+        print("\n".join(lines))
+        if args.plot:
+            plot_models(args.plot, names, drawn, models[0]["classes"].tolist(), models[0]["y_true"].sum(0))
     except (InputError, network.WeightsError, OSError) as error:
         sys.stderr.write(f"evaluate.py: {data.line_of(error)}\n")
         sys.exit(2)
     except torch.OutOfMemoryError:
         sys.stderr.write(f"evaluate.py: the GPU's memory is too small for {args.batch_size} ECGs; try --batch-size {max(1, args.batch_size // 2)}\n")
         sys.exit(2)
+
+
+def output_of(model, out):
+    """Where a checkpoint's predictions go."""
+    path = Path(out or Path(model).with_name("predictions.npz"))
+    return path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
+
+
+def check(args):
+    """Raise InputError for options that do not go together, before anything is read or written."""
+    checkpoints = [path for path in args.models if not path.endswith(".npz")]
+    given = [f"--{key}" for key in ("fold", "data", "out", "json", "group") if getattr(args, key) is not None]
+    without_meaning = given if args.record else [name for name in given if not checkpoints and name not in ("--json", "--group")]
+    if without_meaning:
+        raise InputError(f"{without_meaning[0]} has no meaning {'with --record' if args.record else 'for predictions'}; leave it out")
+    if len(args.models) > 1 and (args.record or args.out):
+        raise InputError(f"{'--record' if args.record else '--out'} goes with one FILE, {len(args.models)} were given; give one")
+    if args.group is not None and (args.group < 1 or len(args.models) % args.group or len(args.models) < 2):
+        raise InputError(f"--group {args.group}: {len(args.models)} files do not come in runs of {args.group}; wanted all seeds of each setting, one after the other")
+    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"{args.plot}: no picture can be written under this name; wanted .png, .pdf or .svg")
+    for path in (*(output_of(c, args.out) for c in checkpoints), *(Path(p) for p in (args.json, args.plot) if p)):
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size is {args.batch_size}; wanted at least 1")
 
 
 if __name__ == "__main__":

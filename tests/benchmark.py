@@ -272,7 +272,7 @@ def bootstrap(args, folder, n=2203, draws=1000, timed=2):
     prob = rng.random((n, CLASSES), dtype=np.float32)
     weights = np.random.default_rng(0).exponential(size=(draws, n))[:timed]
     ours = evaluate.bootstrap(y, prob, draws=draws)
-    agreement = same([ours[:timed]], [plain.bootstrap(y, prob, weights)], 1e-9)
+    agreement = same([evaluate.macro(ours[:timed])], [plain.bootstrap(y, prob, weights)], 1e-9)
     t = side_by_side({"ours": lambda: evaluate.bootstrap(y, prob, draws=draws), "obvious": lambda: plain.bootstrap(y, prob, weights)}, 3, warm=0)
     import tracemalloc
     tracemalloc.start()

@@ -96,7 +96,7 @@ def test_bootstrap_equals_scikit_learn_draw_by_draw():
     patient = np.arange(80) // 2 + 1000
     got = evaluate.bootstrap(y, prob, patient, draws=5, seed=3)
     weights = np.random.default_rng(3).exponential(size=(5, 40))
-    want = [by_sklearn(y, prob, w[np.arange(80) // 2]).mean(1) for w in weights]  # one weight a patient
+    want = [by_sklearn(y, prob, w[np.arange(80) // 2]) for w in weights]  # one weight a patient
     np.testing.assert_allclose(got, want, atol=1e-12)
     assert np.array_equal(got, evaluate.bootstrap(y, prob, patient, draws=5, seed=3))
 
@@ -209,3 +209,133 @@ def test_a_record_of_another_rate(checkpoint, tmp_path, capsys):
     capsys.readouterr()
     evaluate.main([str(checkpoint), "--record", str(tmp_path / "slow")])
     assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+# ------------------------------------------------------------------------------------------------------------- comparison
+
+@pytest.fixture
+def models(tmp_path):
+    """Files of four models' predictions for the same 60 records of 40 patients and 3 classes, each in its own order."""
+    y, _ = made_up(60, 3, prevalence=0.3)
+    for m, name in enumerate("abcd"):
+        rng = np.random.default_rng(m)
+        prob = 1 / (1 + np.exp(-(rng.normal(size=y.shape) + (1 + m / 2) * y - 2)))
+        rows, columns = (np.arange(60), np.arange(3)) if name == "a" else (rng.permutation(60), rng.permutation(3))
+        np.savez(tmp_path / f"{name}.npz", y_true=y[rows][:, columns], y_prob=prob[rows][:, columns], classes=np.array(["x", "y", "z"])[columns],
+                 ecg_id=rows + 1000, **({"patient_id": rows // 2 * 3} if name != "b" else {}))
+    return tmp_path
+
+
+def compared(models, *argv):
+    evaluate.main([str(models / f"{a}.npz") if a in "abcde" else a for a in argv] + ["--json", str(models / "s.json")])
+    return json.loads((models / "s.json").read_text())
+
+
+def test_models_side_by_side(models, capsys):
+    out = compared(models, "a", "b", "c")
+    assert [m["name"] for m in out["models"]] == ["a", "b", "c"] and [(p["a"], p["b"]) for p in out["pairs"]] == [("a", "b"), ("a", "c"), ("b", "c")]
+    for m in out["models"]:  # as each alone, but that b alone does not know the patients
+        alone = compared(models, m["name"])
+        for key in ("n", "macro_auroc", "macro_auprc", *(["macro_auroc_ci", "macro_auprc_ci"] if m["name"] != "b" else [])):
+            assert m[key] == pytest.approx(alone[key])
+        assert {c: s["auroc"] for c, s in m["per_class"].items()} == pytest.approx({c: s["auroc"] for c, s in alone["per_class"].items()})
+    by_name = {m["name"]: m for m in out["models"]}
+    for p in out["pairs"]:
+        for k in ("macro_auroc", "macro_auprc"):
+            a, b = by_name[p["a"]][k], by_name[p["b"]][k]
+            assert p[f"{k}_diff"] == pytest.approx(b - a) and p[f"{k}_gain_percent"] == pytest.approx(100 * (b - a) / a)
+            assert p[f"{k}_diff_ci"][0] <= p[f"{k}_diff"] <= p[f"{k}_diff_ci"][1]
+        for c, d in p["classes"].items():
+            assert d["auroc_diff"] == pytest.approx(by_name[p["b"]]["per_class"][c]["auroc"] - by_name[p["a"]]["per_class"][c]["auroc"])
+    text = capsys.readouterr().out
+    assert "60 records" in text and "c - a" in text and f"{out['pairs'][1]['macro_auroc_gain_percent']:+.1f} %" in text
+
+
+def test_differences_are_paired_by_the_weights_of_the_patients():
+    """The interval of a difference, once more by scikit-learn: both models under one weighting at a time."""
+    y, prob = made_up(60, 2, prevalence=0.3)
+    other = np.clip(prob + np.random.default_rng(9).normal(0, 0.1, prob.shape), 0, 1)
+    patient = np.arange(60) // 2
+    weights = np.random.default_rng(0).exponential(size=(50, 30))[:, patient]
+    want = [by_sklearn(y, other, w).mean(1) - by_sklearn(y, prob, w).mean(1) for w in weights]
+    a, b = (evaluate.Scores(np.stack(evaluate.auroc_auprc(y, p)), evaluate.bootstrap(y, p, patient, draws=50)) for p in (prob, other))
+    got = evaluate.difference(a, b, ["x", "y"])
+    np.testing.assert_allclose([got["macro_auroc_diff_ci"], got["macro_auprc_diff_ci"]], np.percentile(want, (2.5, 97.5), axis=0).T, atol=1e-12)
+    unpaired = np.subtract(*np.percentile(evaluate.macro(b.draws)[:, 0] - evaluate.macro(a.draws)[::-1, 0], (97.5, 2.5)))
+    assert np.subtract(*got["macro_auroc_diff_ci"][::-1]) < 0.8 * unpaired  # the same patients in both: narrower
+
+
+def test_a_model_against_itself_is_exactly_zero(models):
+    for argv in (("a", "a"), ("a", "a", "--group", "1")):
+        out = compared(models, *argv)
+        for pair in out["pairs"] + out.get("group_pairs", []):
+            assert {k: v for k, v in pair.items() if k.startswith("macro")} == {
+                f"macro_{m}_{k}": v for m in ("auroc", "auprc") for k, v in (("diff", 0), ("diff_ci", [0, 0]), ("gain_percent", 0))}
+
+
+def test_order_of_records_and_classes_does_not_matter(models):
+    with np.load(models / "d.npz") as z:
+        rows, columns = np.argsort(z["ecg_id"]), np.argsort(z["classes"])
+        np.savez(models / "e.npz", y_true=z["y_true"][rows][:, columns], y_prob=z["y_prob"][rows][:, columns], classes=z["classes"][columns],
+                 ecg_id=z["ecg_id"][rows], patient_id=z["patient_id"][rows])
+    pairs = compared(models, "a", "d", "e")["pairs"]
+    assert pairs[0] | {"b": "e"} == pairs[1] and pairs[2]["macro_auroc_diff"] == 0
+
+
+def test_groups_of_seeds(models, capsys):
+    for name, new in zip("abcd", ("first-seed0", "first-seed1", "second-seed0", "second-seed1")):
+        shutil.copy(models / f"{name}.npz", models / f"{new}.npz")
+    out = compared(models, *(str(models / f"{g}-seed{s}.npz") for g in ("first", "second") for s in (0, 1)), "--group", "2")
+    aurocs = [m["macro_auroc"] for m in out["models"]]
+    for g, values in zip(out["groups"], (aurocs[:2], aurocs[2:])):
+        assert g["macro_auroc_mean"] == pytest.approx(np.mean(values)) and g["macro_auroc_sd"] == pytest.approx(abs(values[1] - values[0]) / 2**0.5)
+    assert "mean and standard deviation of 2" in capsys.readouterr().out
+    assert [g["name"] for g in out["groups"]] == ["first", "second"] and len(out["pairs"]) == 6
+    assert out["group_pairs"][0]["macro_auroc_diff"] == pytest.approx(np.mean(aurocs[2:]) - np.mean(aurocs[:2]))
+    low, high = out["group_pairs"][0]["macro_auroc_diff_ci"]
+    assert low <= out["group_pairs"][0]["macro_auroc_diff"] <= high
+
+
+def changed(models, **change):
+    with np.load(models / "a.npz") as z:
+        np.savez(models / "o.npz", **{k: v for k, v in ({k: z[k] for k in z.files} | change).items() if v is not None})
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"ecg_id": None}, "o.npz: has no ecg_id"), ({"ecg_id": np.arange(60) + 1001}, "it lacks 1, and it has 1 others (first difference: record 1000)"),
+    ({"ecg_id": np.arange(60) // 2}, "holds a record twice"), ({"classes": np.array(["x", "y", "w"])}, "(first difference: class w)"),
+    ({"y_true": np.ones((60, 3), int)}, "wanted the same labels"),
+])
+def test_what_does_not_match_is_named(models, fails, change, words):
+    changed(models, **change)
+    line = fails(evaluate.main, [models / "a.npz", models / "o.npz"], words.removeprefix("o.npz: "))
+    assert "o" in line.split(": ")[1] and "wanted" in line
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["a", "b", "c", "--group", "2"], "do not come in runs of 2"), (["a", "--group", "1"], "--group 1"), (["a", "b", "--group", "0"], "--group 0"),
+    (["a", "b", "--out", "x.npz"], "--out has no meaning for predictions"), (["a", "b", "--record", "x"], "--record goes with one FILE"),
+    (["a", "b", "--plot", "x.gif"], "wanted .png"), (["a", "b", "--plot", "no/x.png"], "no folder"),
+])
+def test_wrong_calls_of_the_comparison(models, fails, argv, words):
+    fails(evaluate.main, [models / f"{a}.npz" if len(a) == 1 and a in "abc" else a for a in argv], words)
+
+
+def test_checkpoints_are_compared_with_predictions(checkpoint, capsys):
+    evaluate.main([str(checkpoint)])
+    shutil.copy(checkpoint.parent / "predictions.npz", checkpoint.parent / "other.npz")
+    capsys.readouterr()
+    evaluate.main([str(checkpoint), str(checkpoint.parent / "other.npz")])
+    text = capsys.readouterr().out
+    assert "run   " in text and "other - run\n  AUROC +0.0000  95 % interval +0.0000 to +0.0000  +0.0 %" in text
+
+
+def test_picture_of_models(models, tmp_path):
+    import matplotlib.pyplot as plt
+    from matplotlib.image import imread
+    compared(models, "a", "b", "--plot", str(tmp_path / "m.png"))
+    compared(models, "a", "--plot", str(tmp_path / "one.svg"))
+    assert imread(tmp_path / "m.png").shape[1] > 800 and (tmp_path / "one.svg").read_text().startswith("<?xml")
+    text = (tmp_path / "one.svg").read_text()
+    assert text.count("<!-- ") > 10 and all(f"<!-- {c} (" in text for c in "xyz") and "<!-- a (macro " in text
+    assert not plt.get_fignums()

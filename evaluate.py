@@ -145,16 +145,20 @@ def difference(a, b, classes, top=5):
     return out | {"classes": {classes[i]: {f"{name}_diff": plain(per_class[k, i]) for k, name in enumerate(METRICS)} for i in most}}
 
 
+def group_name(names):
+    """What the names of one setting's runs have in common, without the seed."""
+    return re.sub(r"[-_. ]*(seed|s)?[-_.]?\d*$", "", os.path.commonprefix(names)) or names[0]
+
+
 def grouped(names, scores, size):
     """Runs of `size` consecutive models, the seeds of one setting -> their names, the Scores of each group's mean, and plain data."""
     means, groups = [], []
     for i in range(0, len(names), size):
         files, members = names[i:i + size], scores[i:i + size]
-        name = re.sub(r"[-_. ]*(seed|s)?[-_.]?\d*$", "", os.path.commonprefix(files)) or files[0]
         means.append(Scores(*(np.mean(parts, axis=0) for parts in zip(*members))))
         macros = np.array([macro(s.point) for s in members])
         sd = macros.std(0, ddof=1) if size > 1 else np.full(2, np.nan)
-        groups.append({"name": name, "files": files} | {f"macro_{metric}_{kind}": plain(v[k]) for k, metric in enumerate(METRICS)
+        groups.append({"name": group_name(files), "files": files} | {f"macro_{metric}_{kind}": plain(v[k]) for k, metric in enumerate(METRICS)
                                                         for kind, v in (("mean", macros.mean(0)), ("sd", sd))})
     return [g["name"] for g in groups], means, groups
 

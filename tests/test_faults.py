@@ -102,7 +102,7 @@ def moments_of_training(names, kills):
     probe = [i + 1 for i, name in enumerate(names) if name == "training Sequential"]
     renamed = [i + 1 for i, name in enumerate(names) if name.startswith("os.rename")]
     must = [probe[-1], *first.values(), *last.values(), renamed[0], renamed[-1], renamed[len(renamed) // 2]]
-    return must[::4] if kills < len(must) else sorted({*must, *spread(len(names), kills + 2)[1:-1]})
+    return must[::4] if kills < len(must) else sorted({*must, *spread(len(names), kills + 3 - len(must))[1:-1]})
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=LONG)])

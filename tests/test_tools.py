@@ -1,0 +1,59 @@
+"""The tools of the README's experiment: its sets out of PTB-XL, and its pictures."""
+import csv
+import json
+
+import numpy as np
+import pytest
+
+import data
+import evaluate
+import figures
+import make_subset
+from test_evaluate import made_up
+
+
+def test_listing():
+    with open(make_subset.LISTING, newline="") as f:
+        rows = list(csv.DictReader(f))
+    ids = {name: [int(r["ecg_id"]) for r in rows if r["set"] == name] for name in ("target", "pretrain")}
+    assert [len(set(ids[name])) for name in ids] == [2831, 1268] and not set(ids["target"]) & set(ids["pretrain"])
+    folds = [int(r["strat_fold"]) for r in rows if r["set"] == "target"]
+    assert [sum(f <= 8 for f in folds), folds.count(9), folds.count(10)] == [2322, 330, 179]
+    assert {r["strat_fold"] for r in rows if r["set"] == "pretrain"} == set("12345690") - {"0"} | {"10"}
+
+
+@pytest.mark.real
+def test_listing_is_of_the_real_records(real):
+    with open(make_subset.LISTING, newline="") as f:
+        want = {int(r["ecg_id"]): int(r["strat_fold"]) for r in csv.DictReader(f) if r["set"] == "target"}
+    labels = data.load_labels(real, "all71")
+    assert dict(zip(labels.ecg_id.tolist(), labels.fold.tolist())) == want
+
+
+def test_a_subset_reads_as_ptbxl(demo, tmp_path):
+    (tmp_path / "list.csv").write_text("ecg_id,set,strat_fold\n7,target,9\n3,target,1\n5,pretrain,2\n60,target,10\n")
+    make_subset.make_subset(demo, "target", tmp_path / "part", tmp_path / "list.csv")
+    data.build_cache(tmp_path / "part", workers=1)
+    labels, cache, whole = data.load_labels(tmp_path / "part", "all71"), data.load_cache(tmp_path / "part"), data.load_cache(demo)
+    assert labels.ecg_id.tolist() == [3, 7, 60] and labels.fold.tolist() == [1, 9, 10]
+    for ecg_id in (3, 7, 60):
+        assert np.array_equal(cache.signals[cache.row[ecg_id]], whole.signals[whole.row[ecg_id]])
+    with pytest.raises(data.InputError, match="lacks 2831 of the 2831|lacks [0-9]+ of the 2831"):
+        make_subset.make_subset(demo, "target", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_pictures(tmp_path, monkeypatch, capsys):
+    y, prob = made_up(40, 3, prevalence=0.3)
+    drawn = {}
+    monkeypatch.setattr(evaluate, "save_picture", lambda figure, path, dpi: drawn.update({path: figure}))
+    for run in ("a-0", "a-1", "b-0", "b-1"):
+        (tmp_path / run).mkdir()
+        lines = [{"stage": "probe", "epoch": 1} | dict.fromkeys(figures.PANELS, 9.0)] + [
+            {"stage": "finetune", "epoch": e, **{k: e + int(run[-1]) for k in figures.PANELS}} for e in (1, 2, 3)]
+        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        np.savez(tmp_path / run / "predictions.npz", y_true=y, y_prob=prob, classes=np.array(["x", "y", "z"]), ecg_id=np.arange(40))
+    figures.main(["--group", "2", "--curves", "c.png", "--classes", "k.png", *(str(tmp_path / run) for run in ("a-0", "a-1", "b-0", "b-1"))])
+    axis = drawn["c.png"].axes[2]
+    assert [line.get_label() for line in axis.lines] == ["a", "b"] and axis.lines[0].get_ydata().tolist() == [1.5, 2.5, 3.5]
+    assert len(drawn["k.png"].axes) == 2 and len(drawn["k.png"].axes[0].containers) == 2

@@ -105,9 +105,9 @@ def score(y_true, y_prob, patient_id=None):
     return Scores(np.stack(auroc_auprc(y_true, y_prob)), bootstrap(y_true, y_prob, patient_id))
 
 
-def plain(values):
+def numbers(values):
     """An array as nested lists of floats, None where undefined."""
-    return [plain(v) for v in values] if np.ndim(values) else None if np.isnan(values) else float(values)
+    return [numbers(v) for v in values] if np.ndim(values) else None if np.isnan(values) else float(values)
 
 
 def interval(draws):
@@ -122,9 +122,9 @@ def report(y_true, y_prob, classes, patient_id=None, scores=None):
     ci = interval(draws)
     return {
         "n": len(y_true),
-        "macro_auroc": plain(point[0]), "macro_auprc": plain(point[1]), "macro_auroc_ci": plain(ci[0]), "macro_auprc_ci": plain(ci[1]),
-        "bootstrap_bias": dict(zip(("macro_auroc", "macro_auprc"), plain(draws.mean(0) - point))),
-        "per_class": {name: {"positives": int(positives), "auroc": plain(a), "auprc": plain(p)}
+        "macro_auroc": numbers(point[0]), "macro_auprc": numbers(point[1]), "macro_auroc_ci": numbers(ci[0]), "macro_auprc_ci": numbers(ci[1]),
+        "bootstrap_bias": dict(zip(("macro_auroc", "macro_auprc"), numbers(draws.mean(0) - point))),
+        "per_class": {name: {"positives": int(positives), "auroc": numbers(a), "auprc": numbers(p)}
                       for name, positives, a, p in zip(classes, np.sum(y_true, axis=0), *scores.point)},
         "undefined": [name for name, a in zip(classes, scores.point[0]) if np.isnan(a)],
     }
@@ -135,14 +135,15 @@ def difference(a, b, classes, top=5):
 
     The gain is relative to a, in percent. classes: those that differ most, by the larger of the two differences.
     """
-    point, ci = macro(b.point) - macro(a.point), interval(macro(b.draws) - macro(a.draws))
+    base, point, ci = macro(a.point), macro(b.point) - macro(a.point), interval(macro(b.draws) - macro(a.draws))
+    gain = np.divide(100 * point, base, out=np.full(2, np.nan), where=base > 0)
     per_class = b.point - a.point
     most = [i for i in np.argsort(-np.abs(per_class).max(0), kind="stable") if not np.isnan(per_class[0, i])][:top]  # NaNs come last
     out = {}
     for i, name in enumerate(METRICS):
-        out |= {f"macro_{name}_diff": plain(point[i]), f"macro_{name}_diff_ci": plain(ci[i]),
-                f"macro_{name}_gain_percent": plain(100 * point[i] / macro(a.point)[i])}
-    return out | {"classes": {classes[i]: {f"{name}_diff": plain(per_class[k, i]) for k, name in enumerate(METRICS)} for i in most}}
+        out |= {f"macro_{name}_diff": numbers(point[i]), f"macro_{name}_diff_ci": numbers(ci[i]),
+                f"macro_{name}_gain_percent": numbers(gain[i])}
+    return out | {"classes": {classes[i]: {f"{name}_diff": numbers(per_class[k, i]) for k, name in enumerate(METRICS)} for i in most}}
 
 
 def group_name(names):
@@ -158,8 +159,8 @@ def grouped(names, scores, size):
         means.append(Scores(*(np.mean(parts, axis=0) for parts in zip(*members))))
         macros = np.array([macro(s.point) for s in members])
         sd = macros.std(0, ddof=1) if size > 1 else np.full(2, np.nan)
-        groups.append({"name": group_name(files), "files": files} | {f"macro_{metric}_{kind}": plain(v[k]) for k, metric in enumerate(METRICS)
-                                                        for kind, v in (("mean", macros.mean(0)), ("sd", sd))})
+        groups.append({"name": group_name(files), "files": files} | {
+            f"macro_{metric}_{kind}": numbers(v[k]) for k, metric in enumerate(METRICS) for kind, v in (("mean", macros.mean(0)), ("sd", sd))})
     return [g["name"] for g in groups], means, groups
 
 
@@ -185,7 +186,7 @@ def differences(pairs):
         for m in METRICS:
             diff, (low, high), gain = (p[f"macro_{m}_{key}"] for key in ("diff", "diff_ci", "gain_percent"))
             if diff is not None:
-                lines.append(f"  {m.upper()} {diff:+.4f}  95 % interval {low:+.4f} to {high:+.4f}  {gain:+.1f} %")
+                lines.append(f"  {m.upper()} {diff:+.4f}  95 % interval {low:+.4f} to {high:+.4f}{'' if gain is None else f'  {gain:+.1f} %'}")
         lines.append("  most (AUROC, AUPRC): " + ", ".join(f"{c} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}" for c, d in p["classes"].items()))
     return lines
 
@@ -429,6 +430,32 @@ def compare(paths, models, group):
     return out, names, scores, lines + differences(shown)
 
 
+def output_of(model, out):
+    """Where a checkpoint's predictions go."""
+    path = Path(out or Path(model).with_name("predictions.npz"))
+    return path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
+
+
+def check(args):
+    """Raise InputError for options that do not go together, before anything is read or written."""
+    checkpoints = [path for path in args.models if not path.endswith(".npz")]
+    given = [f"--{key}" for key in ("fold", "data", "out", "json", "group") if getattr(args, key) is not None]
+    without_meaning = given if args.record else [name for name in given if not checkpoints and name not in ("--json", "--group")]
+    if without_meaning:
+        raise InputError(f"{without_meaning[0]} has no meaning {'with --record' if args.record else 'for predictions'}; leave it out")
+    if len(args.models) > 1 and (args.record or args.out):
+        raise InputError(f"{'--record' if args.record else '--out'} goes with one FILE, {len(args.models)} were given; give one")
+    if args.group is not None and (args.group < 1 or len(args.models) % args.group or len(args.models) < 2):
+        raise InputError(f"--group {args.group}: {len(args.models)} files do not come in runs of {args.group}; wanted all seeds of each setting, one after the other")
+    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"{args.plot}: no picture can be written under this name; wanted .png, .pdf or .svg")
+    for path in (*(output_of(c, args.out) for c in checkpoints), *(Path(p) for p in (args.json, args.plot) if p)):
+        if not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size is {args.batch_size}; wanted at least 1")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("models", metavar="FILE", nargs="+", help="checkpoints of post_train.py, or predictions (.npz) of any model; several are compared")
@@ -474,32 +501,6 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         sys.stderr.write(f"evaluate.py: the GPU's memory is too small for {args.batch_size} ECGs; try --batch-size {max(1, args.batch_size // 2)}\n")
         sys.exit(2)
-
-
-def output_of(model, out):
-    """Where a checkpoint's predictions go."""
-    path = Path(out or Path(model).with_name("predictions.npz"))
-    return path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
-
-
-def check(args):
-    """Raise InputError for options that do not go together, before anything is read or written."""
-    checkpoints = [path for path in args.models if not path.endswith(".npz")]
-    given = [f"--{key}" for key in ("fold", "data", "out", "json", "group") if getattr(args, key) is not None]
-    without_meaning = given if args.record else [name for name in given if not checkpoints and name not in ("--json", "--group")]
-    if without_meaning:
-        raise InputError(f"{without_meaning[0]} has no meaning {'with --record' if args.record else 'for predictions'}; leave it out")
-    if len(args.models) > 1 and (args.record or args.out):
-        raise InputError(f"{'--record' if args.record else '--out'} goes with one FILE, {len(args.models)} were given; give one")
-    if args.group is not None and (args.group < 1 or len(args.models) % args.group or len(args.models) < 2):
-        raise InputError(f"--group {args.group}: {len(args.models)} files do not come in runs of {args.group}; wanted all seeds of each setting, one after the other")
-    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"{args.plot}: no picture can be written under this name; wanted .png, .pdf or .svg")
-    for path in (*(output_of(c, args.out) for c in checkpoints), *(Path(p) for p in (args.json, args.plot) if p)):
-        if not path.parent.is_dir():
-            raise InputError(f"{path}: there is no folder {path.parent}; make it first")
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size is {args.batch_size}; wanted at least 1")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import numpy as np
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 FS = 500            # Hz
+MIN_FS, MAX_FS = 50, 100_000  # Hz, of what is resampled
 SAMPLES = 5000      # 10 s
 TASKS = ("all71", "diagnostic44", "subclass23", "superclass5", "form19", "rhythm12")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10
@@ -219,9 +220,9 @@ def preprocess(signal, fs, how="filter"):
     if not np.abs(np.nan_to_num(x, posinf=np.inf, neginf=-np.inf)).max() <= MAX_MILLIVOLTS:
         raise InputError(f"holds infinite samples or such beyond {MAX_MILLIVOLTS:g} mV; wanted an ECG in millivolts")
     if fs != FS:
+        if not MIN_FS <= fs <= MAX_FS:
+            raise InputError(f"a sampling rate of {fs} Hz; wanted {MIN_FS} to {MAX_FS} Hz")
         ratio = Fraction(FS / fs).limit_denominator(1000)
-        if not ratio:
-            raise InputError(f"a sampling rate of {fs} Hz; wanted at most {1000 * FS} Hz")
         x = dsp.resample_poly(x, ratio.numerator, ratio.denominator, axis=1)
     x = np.nan_to_num(x[:, :SAMPLES], nan=0.0)
     if how == "filter":
@@ -280,11 +281,20 @@ def parse_description(text, source):
 
 
 def read_description(files, source):
-    """The finished cache's description, or None where there is no such cache of `source`."""
-    try:
-        return parse_description(files.about.read_text(), source) if files.array.exists() else None
-    except FileNotFoundError:
+    """The finished cache's description, or None where there is no such cache of `source`, or it is damaged."""
+    if not (files.about.exists() and is_array(files.array, source)):
         return None
+    description = parse_description(files.about.read_text(errors="replace"), source)
+    return description if description and "unreadable" in description else None
+
+
+def is_array(path, source):
+    """Whether `path` is a whole array of the shape that `source` asks for."""
+    try:
+        array = np.load(path, mmap_mode="r")
+        return array.shape == tuple(source["shape"]) and array.dtype == np.float16
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def load_cache(root, how="filter"):
@@ -391,9 +401,11 @@ def locked(folder, names, wait=True):
 def open_part(files, source):
     """Make `part` and `log` ready to go on from and return the set of rows that are done. Raises InputError if the disk is full."""
     n, done, description = source["shape"][0], set(), read_description(files, source)
-    first, *lines = files.log.read_text().split("\n")[:-1] or [""] if files.log.exists() else [""]  # a torn last line does not count
-    if parse_description(first, source) is not None and (files.part.exists() or len(set(lines)) == n and files.array.exists()):
-        done = set(map(int, lines))
+    text = files.log.read_text(errors="replace") if files.log.exists() else ""
+    first, *lines = text.split("\n")[:-1] or [""]  # a torn last line does not count
+    logged = {int(line) for line in lines if line.isdecimal() and int(line) < n}
+    if parse_description(first, source) is not None and (is_array(files.part, source) or len(logged) == n and is_array(files.array, source)):
+        done = logged
     elif description is not None:  # finished without its unreadable records: only those are to do
         bad = {ecg_id for ecg_id, _, _ in description["unreadable"]}
         done = {row for row, ecg_id in enumerate(source["ecg_ids"]) if ecg_id not in bad}
@@ -502,6 +514,8 @@ def write_atomically(path, write):
             os.fsync(f.fileno())  # so that not even a power failure leaves an empty file under the final name
         os.replace(temporary, path)
     except OSError as error:
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk's error names no file
     finally:
         temporary.unlink(missing_ok=True)
@@ -566,15 +580,16 @@ def download(root, url=URL):
     import torch.hub
     import zipfile
     import zlib
+    from http.client import HTTPException
     root, sums = Path(root), Path(root, "SHA256SUMS.txt")
-    if sums.exists() and all(is_right(root / name, digest) for name, digest in wanted_files(sums.read_text(), sums).items()):
+    if sums.exists() and all(is_right(root / name, digest) for name, digest in wanted_files(sums.read_text(errors="replace"), sums).items()):
         return
     root.mkdir(parents=True, exist_ok=True)
     archive = root / "ptb-xl.zip"
     if not archive.exists():
         try:
             torch.hub.download_url_to_file(url, str(archive))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             raise InputError(f"{url}: cannot be fetched ({line_of(error)}); run the same command again, or --url for a mirror") from None
     try:
         unpack(archive, root)
@@ -606,7 +621,7 @@ def unpack(archive, root):
         prefix = min(tables, key=len)[:-len("SHA256SUMS.txt")]
         text = z.read(prefix + "SHA256SUMS.txt")
         members = set(z.namelist())
-        for name, digest in tqdm(wanted_files(text.decode(), archive).items(), "unpack", unit="file", disable=None):
+        for name, digest in tqdm(wanted_files(text.decode(errors="replace"), archive).items(), "unpack", unit="file", disable=None):
             target = root / name
             if is_right(target, digest):
                 continue

@@ -31,6 +31,7 @@ CHECKPOINT = {"layout": int, "task": str, "classes": list, "preprocessing": str,
 DRAWS = 1000        # of the bootstrap
 DRAW_CHUNK = 2**22  # weights held at once, 32 MB
 METRICS = ("auroc", "auprc")
+PREDICTIONS = {"y_true": "bfiu", "y_prob": "bfiu", "classes": "USiu", "ecg_id": "USiuf", "patient_id": "USiuf"}  # arrays: NumPy's kinds of type
 
 
 # ---------------------------------------------------------------------------------------------------------------- metric
@@ -148,7 +149,9 @@ def difference(a, b, classes, top=5):
 
 def group_name(names):
     """What the names of one setting's runs have in common, without the seed."""
-    return re.sub(r"[-_. ]*(seed|s)?[-_.]?\d*$", "", os.path.commonprefix(names)) or names[0]
+    if len(set(names)) == 1:
+        return names[0]
+    return re.sub(r"([-_. ]+|[-_. ]*seed[-_. ]*)\d*$", "", os.path.commonprefix(names)) or names[0]
 
 
 def grouped(names, scores, size):
@@ -161,6 +164,8 @@ def grouped(names, scores, size):
         sd = macros.std(0, ddof=1) if size > 1 else np.full(2, np.nan)
         groups.append({"name": group_name(files), "files": files} | {
             f"macro_{metric}_{kind}": numbers(v[k]) for k, metric in enumerate(METRICS) for kind, v in (("mean", macros.mean(0)), ("sd", sd))})
+    if len({g["name"] for g in groups}) < len(groups):
+        groups = [g | {"name": g["files"][0]} for g in groups]
     return [g["name"] for g in groups], means, groups
 
 
@@ -187,7 +192,8 @@ def differences(pairs):
             diff, (low, high), gain = (p[f"macro_{m}_{key}"] for key in ("diff", "diff_ci", "gain_percent"))
             if diff is not None:
                 lines.append(f"  {m.upper()} {diff:+.4f}  95 % interval {low:+.4f} to {high:+.4f}{'' if gain is None else f'  {gain:+.1f} %'}")
-        lines.append("  most (AUROC, AUPRC): " + ", ".join(f"{c} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}" for c, d in p["classes"].items()))
+        most = ", ".join(f"{c} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}" for c, d in p["classes"].items())
+        lines += [f"  most (AUROC, AUPRC): {most}"] if most else []
     return lines
 
 
@@ -203,7 +209,7 @@ def group_lines(groups):
 def summary(scores):
     """A report's macro scores as lines to print."""
     lines = [f"{scores['n']:,} records"]
-    for name in ("auroc", "auprc"):
+    for name in METRICS:
         low, high = scores[f"macro_{name}_ci"]
         lines.append(f"macro {name.upper()} {show(scores[f'macro_{name}'])}  95 % interval {show(low)} to {show(high)}")
     return lines + undefined(scores)
@@ -242,7 +248,9 @@ def pick_device(name):
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
-        raise InputError(f"device {name!r} is unknown; wanted cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is unknown; wanted cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {device}: this machine shows {torch.cuda.device_count()} CUDA devices; --device cpu runs anywhere")
     return device
@@ -254,6 +262,7 @@ def load_checkpoint(path, device="cpu"):
         raise InputError(f"{path}: no such file; `python post_train.py` writes checkpoints to runs/")
     checkpoint = network.read_checkpoint(path)
     lacking = [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(key), kind)]
+    lacking += ["classes"] if not lacking and not all(isinstance(c, str) for c in checkpoint["classes"]) else []
     if lacking:
         raise InputError(f"{path}: does not say its {lacking[0]}; wanted a checkpoint of post_train.py (weights for it to start "
                          "from are no model of a task yet: train first)")
@@ -261,7 +270,7 @@ def load_checkpoint(path, device="cpu"):
         raise InputError(f"{path}: is of checkpoint layout {checkpoint['layout']}, this is layout {CHECKPOINT_LAYOUT}; "
                          "use the files it was trained with, or train again")
     model = network.ecgfounder(len(checkpoint["classes"]))
-    network.load_pretrained(model, path, head=True)
+    network.load_state(model, checkpoint["state_dict"], path, head=True)
     return model.to(device).eval(), checkpoint
 
 
@@ -289,27 +298,30 @@ def load_predictions(path):
     """Predictions of any model from an .npz -> the dict that predict_folds gives; ecg_id and patient_id may be None."""
     try:
         with np.load(path, allow_pickle=False) as z:
-            found = {key: z[key] for key in z.files if key in ("ecg_id", "patient_id", "classes", "y_true", "y_prob")}
+            found = {key: z[key] for key in z.files if key in PREDICTIONS}
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; wanted a checkpoint or predictions.npz") from None
     except Exception as error:  # NumPy and zipfile raise many types; object arrays are refused here, unread
-        raise InputError(f"{path}: cannot be read as predictions ({error}); wanted an .npz of plain arrays") from None
+        raise InputError(f"{path}: cannot be read as predictions ({' '.join(str(error).split())[:200]}); wanted an .npz of plain arrays") from None
     lacking = [key for key in ("y_true", "y_prob", "classes") if key not in found]
     if lacking:
         raise InputError(f"{path}: has no array {lacking[0]!r}; wanted y_true (N, L), y_prob (N, L) and classes (L,)")
-    y, p, classes = found["y_true"], found["y_prob"], [str(c) for c in found["classes"].ravel()]
+    for key, array in found.items():
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in PREDICTIONS[key]:
+            raise InputError(f"{path}: {key} is of type {getattr(array, 'dtype', 'bytes')}; wanted {'numbers' if key in ('y_true', 'y_prob') else 'numbers or text'}")
+    y, p, classes = found["y_true"], found["y_prob"], [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in found["classes"].ravel()]
     if y.ndim != 2 or y.shape != p.shape or len(classes) != y.shape[1] or len(set(classes)) < len(classes) or not y.size:
         raise InputError(f"{path}: y_true {y.shape}, y_prob {p.shape} and {len(set(classes))} classes; wanted (N, L), (N, L) and L")
-    if y.dtype.kind not in "bfiu" or p.dtype.kind not in "bfiu":
-        raise InputError(f"{path}: y_true is of type {y.dtype} and y_prob of type {p.dtype}; wanted numbers")
     if not np.isin(y, (0, 1)).all():
         raise InputError(f"{path}: y_true holds other values than 0 and 1; wanted a 1 for each class a record has")
     if not (np.isfinite(p).all() and (p >= 0).all() and (p <= 1).all()):
         raise InputError(f"{path}: y_prob holds values that are no probabilities; wanted finite ones in [0, 1]")
-    found["classes"] = np.array(classes)
+    found["classes"], found["y_true"] = np.array(classes), y.astype(np.uint8)
     for key in ("ecg_id", "patient_id"):
         if found.setdefault(key, None) is not None and found[key].shape != y.shape[:1]:
             raise InputError(f"{path}: {key} has shape {found[key].shape}; wanted ({len(y)},)")
+    if (patient := found["patient_id"]) is not None and patient.dtype.kind == "f":  # as pandas reads PTB-XL's
+        found["patient_id"] = np.where(np.isfinite(patient), patient, np.arange(len(y)) - len(y))  # unknown: a patient of its own
     return found
 
 
@@ -355,12 +367,17 @@ def plot_models(path, names, scores, classes, positives):
         for m, (name, s) in enumerate(zip(names, scores)):
             x, ci = s.point[k, order], interval(s.draws[:, k, order])
             reach = np.maximum(0, [x - ci[:, 0], ci[:, 1] - x])
-            axis.errorbar(x, height + 0.7 * ((len(scores) - 1) / 2 - m) / len(scores), xerr=reach, fmt="o", markersize=3, linewidth=1,
-                          label=f"{name} (macro {macro(s.point)[k]:.3f})")
-        axis.set(xlabel=metric.upper(), ylim=(-0.7, len(order) - 0.3), yticks=height, yticklabels=[f"{classes[i]} ({positives[i]})" for i in order])
+            axis.errorbar(x, height + 0.7 * ((len(scores) - 1) / 2 - m) / len(scores), xerr=reach, fmt="o", markersize=3, linewidth=1)
+        text = [f"{name} (macro {macro(s.point)[k]:.3f})" for name, s in zip(names, scores)]
+        labels = [f"{classes[i]} ({positives[i]})" for i in order]
+        axis.set(xlabel=metric.upper(), ylim=(-0.7, len(order) - 0.3), yticks=height, yticklabels=[as_text(label) for label in labels])
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize="small")
+        axis.legend(axis.containers, [as_text(t) for t in text], loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize="small")
     save_picture(figure, path, 120)
+
+
+def as_text(name):
+    return name.replace("$", r"\$")  # no formula to matplotlib
 
 
 def save_picture(figure, path, dpi):
@@ -433,13 +450,13 @@ def compare(paths, models, group):
 def output_of(model, out):
     """Where a checkpoint's predictions go."""
     path = Path(out or Path(model).with_name("predictions.npz"))
-    return path if path.suffix == ".npz" else path.with_name(f"{path.name}.npz")
+    return path if path.suffix == ".npz" or path.is_dir() else path.with_name(f"{path.name}.npz")
 
 
 def check(args):
     """Raise InputError for options that do not go together, before anything is read or written."""
     checkpoints = [path for path in args.models if not path.endswith(".npz")]
-    given = [f"--{key}" for key in ("fold", "data", "out", "json", "group") if getattr(args, key) is not None]
+    given = [f"--{key.replace('_', '-')}" for key in ("fold", "data", "out", "json", "group", "skip_unreadable") if getattr(args, key) not in (None, False)]
     without_meaning = given if args.record else [name for name in given if not checkpoints and name not in ("--json", "--group")]
     if without_meaning:
         raise InputError(f"{without_meaning[0]} has no meaning {'with --record' if args.record else 'for predictions'}; leave it out")
@@ -449,9 +466,19 @@ def check(args):
         raise InputError(f"--group {args.group}: {len(args.models)} files do not come in runs of {args.group}; wanted all seeds of each setting, one after the other")
     if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"{args.plot}: no picture can be written under this name; wanted .png, .pdf or .svg")
-    for path in (*(output_of(c, args.out) for c in checkpoints), *(Path(p) for p in (args.json, args.plot) if p)):
+    for path in args.models:
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such file; wanted a checkpoint (`python post_train.py` writes them to runs/) or predictions (.npz)")
+    outputs = [] if args.record else [output_of(path, args.out) for path in dict.fromkeys(checkpoints)]
+    taken = {Path(path).resolve() for path in args.models}
+    for path in outputs + [Path(path) for path in (args.json, args.plot) if path]:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; name a file in it")
         if not path.parent.is_dir():
             raise InputError(f"{path}: there is no folder {path.parent}; make it first")
+        if path.resolve() in taken:
+            raise InputError(f"{path}: would be overwritten; name another file, or score each checkpoint alone with its own --out and compare those")
+        taken.add(path.resolve())
     if args.batch_size < 1:
         raise InputError(f"--batch-size is {args.batch_size}; wanted at least 1")
 
@@ -476,13 +503,11 @@ def main(argv=None):
         if args.record:
             print("\n".join(predict_record(args.models[0], args.record, device, args.plot)))
             return
-        models = []
-        for path in args.models:
-            if path.endswith(".npz"):
-                models.append(load_predictions(path))
-                continue
-            models.append(predict_folds(path, args.fold or [data.TEST_FOLD], args.data, device, args.batch_size, args.skip_unreadable))
-            data.write_atomically(output_of(path, args.out), lambda temporary: np.savez(temporary, **models[-1]))
+        models = [load_predictions(path) if path.endswith(".npz") else None for path in args.models]  # what is quick to fail comes first
+        for i, path in enumerate(args.models):
+            if models[i] is None:
+                models[i] = predict_folds(path, args.fold or [data.TEST_FOLD], args.data, device, args.batch_size, args.skip_unreadable)
+                data.write_atomically(output_of(path, args.out), lambda temporary: np.savez(temporary, **models[i]))
         if len(models) > 1:
             scores, names, drawn, lines = compare(args.models, models, args.group)
         else:
@@ -490,9 +515,9 @@ def main(argv=None):
             drawn = [score(p["y_true"], p["y_prob"], p["patient_id"])]
             scores = report(p["y_true"], p["y_prob"], p["classes"].tolist(), scores=drawn[0])
             lines = [*summary(scores), "", *table(scores)]
+        print("\n".join(lines), flush=True)
         if args.json:
             write_json(args.json, scores)
-        print("\n".join(lines))
         if args.plot:
             plot_models(args.plot, names, drawn, models[0]["classes"].tolist(), models[0]["y_true"].sum(0))
     except (InputError, network.WeightsError, OSError) as error:
@@ -501,6 +526,9 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         sys.stderr.write(f"evaluate.py: the GPU's memory is too small for {args.batch_size} ECGs; try --batch-size {max(1, args.batch_size // 2)}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("evaluate.py: interrupted; nothing is half written\n")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

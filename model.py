@@ -232,14 +232,19 @@ def read_checkpoint(path):
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "load key" in line), "damaged")
         raise WeightsError(f"{path}: refused, not a checkpoint of tensors and plain data ({reason.strip()}); "
                            "fetch or train it again; `python model.py --download` fetches the official weights") from None
-    except (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except Exception as error:  # torch raises nearly every type for a damaged file
         reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{path}: damaged or not a PyTorch checkpoint ({reason}); "
                            "fetch or train it again; `python model.py --download` fetches the official weights") from None
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and is_plain(value) for key, value in state.items()):
         raise WeightsError(f"{path}: holds no `state_dict` of tensors; wanted the official .pth or a checkpoint of post_train.py")
     return checkpoint
+
+
+def is_plain(value):
+    """Whether `value` is an ordinary tensor: not sparse, quantized, nested, or without data."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu" and not (value.is_quantized or value.is_nested)
 
 
 def load_pretrained(model, path, head=False):
@@ -250,8 +255,13 @@ def load_pretrained(model, path, head=False):
     anything is loaded. Of the file only the unused BatchNorm keys are left out.
     """
     checkpoint = read_checkpoint(path)
+    load_state(model, checkpoint["state_dict"], path, head)
+    return checkpoint
+
+
+def load_state(model, found, path, head):
+    """Load a checkpoint's state_dict `found`, read from `path`, as load_pretrained says."""
     unused, wanted = unused_keys(), model.state_dict()
-    found = checkpoint["state_dict"]
     missing = sorted(wanted.keys() - found.keys()) + (sorted(unused - found.keys()) if unused & found.keys() else [])
     unexpected = sorted(found.keys() - wanted.keys() - unused)
     state = {key: found[key] for key in wanted if key in found and (head or not key.startswith("dense."))}
@@ -265,7 +275,6 @@ def load_pretrained(model, path, head=False):
         raise WeightsError(f"{path}: {'; '.join(problems)}; wanted ECGFounder's network with "
                            f"{model.first_conv.conv.in_channels} leads" + (f" and {len(wanted['dense.bias'])} classes" if head else ""))
     model.load_state_dict(state, strict=head)
-    return checkpoint
 
 
 def sha256(path):
@@ -323,10 +332,11 @@ def download(path, url):
     """Fetch the official weights to `path`: complete and with the known hash, or not at all."""
     if os.path.exists(path) and sha256(path) == OFFICIAL_SHA256:
         return
+    from http.client import HTTPException
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, path, hash_prefix=OFFICIAL_SHA256)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:
         raise WeightsError(f"{url}: cannot be fetched ({error}); run the same command again, or --url for a mirror") from None
     except RuntimeError as error:  # the hash differs; nothing was written
         raise WeightsError(f"{url}: not the known release ({error}); nothing was kept, run the same command again") from None

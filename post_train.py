@@ -17,7 +17,7 @@ import resource
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -385,7 +385,7 @@ def check(args):
         raise InputError("--epochs 0 and --probe-epochs 0 train nothing; give one of them")
     if args.weights != "none" and not os.path.exists(args.weights) and not (args.resume and Path(args.out, "last.pt").exists()):
         raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the official weights, --weights none starts at random")
-    if not args.resume and Path(args.out, "last.pt").exists():
+    if not args.resume and any(Path(args.out, name).exists() for name in ("last.pt", "best.pt", "test.json")):
         raise InputError(f"{args.out}: holds a run already; --resume goes on with it, another --out begins a new one")
 
 
@@ -428,11 +428,12 @@ def run(args):
 
 @contextmanager
 def lock_of(out):
-    try:
-        with data.locked(out, ("best.pt", "last.pt", "metrics.jsonl", "test.json"), wait=False):
-            yield
-    except BlockingIOError:
-        raise InputError(f"{out}: another process is training there; wait for it, or give another --out") from None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(data.locked(out, ("best.pt", "last.pt", "metrics.jsonl", "test.json"), wait=False))
+        except BlockingIOError:
+            raise InputError(f"{out}: another process is training there; wait for it, or give another --out") from None
+        yield
 
 
 def stop(number, frame):

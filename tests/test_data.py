@@ -542,3 +542,37 @@ def test_a_zip_cannot_write_outside(mirror, tmp_path):
             z.writestr("ptb-xl-1.0.3/SHA256SUMS.txt", sums)
     data.download(tmp_path / "a" / "b", url)
     assert not list(tmp_path.rglob("escaped.txt"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "of another shape", "no array", "description cut", "description not UTF-8", "description without a key"])
+def test_a_damaged_cache_is_built_again(demo, demo_set, damage):
+    array, about = demo / "cache" / "filter.npy", demo / "cache" / "filter.json"
+    whole, text = array.read_bytes(), about.read_bytes()
+    description = json.loads(text)
+    if damage == "of another shape":
+        np.save(array, np.zeros((3, 12, 5000), np.float16))
+    elif damage.startswith("description"):
+        del description["unreadable"]
+        about.write_bytes({"cut": text[:99], "not UTF-8": b"\xff" + text, "without a key": json.dumps(description).encode()}[damage[12:]])
+    else:
+        array.write_bytes({"truncated": whole[:len(whole) // 2], "empty": b"", "no array": b"junk" * 99}[damage])
+    with pytest.raises(data.InputError, match="missing or out of date; `python data.py"):
+        data.load_cache(demo)
+    data.build_cache(demo, workers=1)
+    assert content(demo) == content(demo_set)
+
+
+@pytest.mark.parametrize("damage", ["zeros in the log", "log not UTF-8", "part truncated", "part empty", "a row too many"])
+def test_a_damaged_half_cache_is_gone_on_with(demo, demo_set, monkeypatch, damage):
+    """As a power failure may leave it, 32 rows done."""
+    cache, source = demo / "cache", data.source_of(demo, "filter")[0]
+    (cache / "filter.json").unlink()
+    part, log = (cache / "filter.npy").rename(cache / "filter.part.npy"), cache / "filter.part.log"
+    rows = "".join(f"{i}\n" for i in range(32))
+    log.write_bytes(json.dumps(source).encode() + b"\n" + rows.encode() + {"zeros in the log": b"\0\0\0\n", "log not UTF-8": b"\xff\xfe\n", "a row too many": b"99\n"}.get(damage, b""))
+    with open(part, "r+b") as f:  # what is not logged is not there
+        f.seek(-28 * 120000, 2)
+        f.write(bytes(28 * 120000))
+        f.truncate({"part truncated": 10**6, "part empty": 0}.get(damage, part.stat().st_size))
+    data.build_cache(demo, workers=1)
+    assert content(demo) == content(demo_set) and files(demo) == ["filter.json", "filter.npy"]

@@ -339,3 +339,44 @@ def test_picture_of_models(models, tmp_path):
     text = (tmp_path / "one.svg").read_text()
     assert text.count("<!-- ") > 10 and all(f"<!-- {c} (" in text for c in "xyz") and "<!-- a (macro " in text
     assert not plt.get_fignums()
+
+
+def test_unknown_patients_are_each_their_own(models):
+    """As pandas reads PTB-XL's patient_id: NaN where it is unknown."""
+    changed(models, patient_id=np.full(60, np.nan))
+    lone = compared(models, str(models / "o.npz"))
+    changed(models, patient_id=None)
+    assert lone == compared(models, str(models / "o.npz")) and lone["macro_auroc_ci"][1] - lone["macro_auroc_ci"][0] > 0.05
+    changed(models, patient_id=np.where(np.arange(60) < 30, np.nan, np.arange(60) // 2))
+    assert len(np.unique(evaluate.load_predictions(models / "o.npz")["patient_id"])) == 45
+
+
+@pytest.mark.parametrize("names, want", [
+    (["a-seed0", "a-seed1"], "a"), (["run_1", "run_2"], "run"), (["xresnet1d101"], "xresnet1d101"), (["x-drop-path-0.5-0", "x-drop-path-0.5-1"], "x-drop-path-0.5"),
+    (["classes-0", "classes-1"], "classes"), (["a-seed10", "a-seed11"], "a"), (["a", "b"], "a"), (["rhythm12", "rhythm12"], "rhythm12"),
+])
+def test_names_of_groups(names, want):
+    assert evaluate.group_name(names) == want
+
+
+def test_groups_of_one_name_keep_their_files_names():
+    s = evaluate.Scores(np.ones((2, 1)), np.ones((3, 2, 1)))
+    assert evaluate.grouped(["net-50-0", "net-50-1", "net-101-0", "net-101-1"], [s] * 4, 2)[0] == ["net-50", "net-101"]
+    assert evaluate.grouped(["net-0", "net-1", "net-2", "net-3"], [s] * 4, 2)[0] == ["net-0", "net-2"]
+
+
+def test_names_that_matplotlib_would_take_for_formulas(models, tmp_path):
+    shutil.copy(models / "a.npz", models / "_x$y$.npz")
+    changed(models, classes=np.array(["a$b$c", "$\\frac$", "z"]))
+    evaluate.main([str(models / "o.npz"), "--plot", str(tmp_path / "classes.svg")])
+    evaluate.main([str(models / "_x$y$.npz"), "--plot", str(tmp_path / "name.svg")])
+    assert "<!-- _x$y$ (macro" in (tmp_path / "name.svg").read_text() and "<!-- a$b$c (" in (tmp_path / "classes.svg").read_text()
+
+
+def test_interrupted(models, monkeypatch, capsys):
+    def interrupt(*a):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(evaluate, "score", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([str(models / "a.npz")])
+    assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1

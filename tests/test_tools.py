@@ -21,7 +21,7 @@ def test_listing():
     assert [len(set(ids[name])) for name in ids] == [2831, 1268] and not set(ids["target"]) & set(ids["pretrain"])
     folds = [int(r["strat_fold"]) for r in rows if r["set"] == "target"]
     assert [sum(f <= 8 for f in folds), folds.count(9), folds.count(10)] == [2322, 330, 179]
-    assert {r["strat_fold"] for r in rows if r["set"] == "pretrain"} == set("12345690") - {"0"} | {"10"}
+    assert {r["strat_fold"] for r in rows if r["set"] == "pretrain"} == set("1234569") | {"10"}
 
 
 @pytest.mark.real
@@ -29,7 +29,7 @@ def test_listing_is_of_the_real_records(real):
     with open(make_subset.LISTING, newline="") as f:
         want = {int(r["ecg_id"]): int(r["strat_fold"]) for r in csv.DictReader(f) if r["set"] == "target"}
     labels = data.load_labels(real, "all71")
-    assert dict(zip(labels.ecg_id.tolist(), labels.fold.tolist())) == want
+    assert {i: f for i, f in zip(labels.ecg_id.tolist(), labels.fold.tolist()) if i in want} == want
 
 
 def test_a_subset_reads_as_ptbxl(demo, tmp_path):
@@ -40,7 +40,7 @@ def test_a_subset_reads_as_ptbxl(demo, tmp_path):
     assert labels.ecg_id.tolist() == [3, 7, 60] and labels.fold.tolist() == [1, 9, 10]
     for ecg_id in (3, 7, 60):
         assert np.array_equal(cache.signals[cache.row[ecg_id]], whole.signals[whole.row[ecg_id]])
-    with pytest.raises(data.InputError, match="lacks 2831 of the 2831|lacks [0-9]+ of the 2831"):
+    with pytest.raises(data.InputError, match="lacks [0-9]+ of the 2831"):
         make_subset.make_subset(demo, "target", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 

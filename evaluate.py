@@ -437,14 +437,14 @@ def compare(paths, models, group):
     def pairs(names, scores):
         return [{"a": names[i], "b": names[j], **difference(scores[i], scores[j], m["classes"])} for i, j in combinations(range(len(names)), 2)]
 
-    out = {"models": reports, "pairs": pairs(names, scores)}
+    result = {"models": reports, "pairs": pairs(names, scores)}
     lines = [f"{reports[0]['n']:,} records", *undefined(reports[0]), "", *side_by_side(reports), ""]
-    shown = out["pairs"]
+    shown = result["pairs"]
     if group:
-        names, scores, out["groups"] = grouped(names, scores, group)
-        shown = out["group_pairs"] = pairs(names, scores)
-        lines += [*group_lines(out["groups"]), ""]
-    return out, names, scores, lines + differences(shown)
+        names, scores, result["groups"] = grouped(names, scores, group)
+        shown = result["group_pairs"] = pairs(names, scores)
+        lines += [*group_lines(result["groups"]), ""]
+    return result, names, scores, lines + differences(shown)
 
 
 def output_of(model, out):
@@ -509,17 +509,17 @@ def main(argv=None):
                 models[i] = predict_folds(path, args.fold or [data.TEST_FOLD], args.data, device, args.batch_size, args.skip_unreadable)
                 data.write_atomically(output_of(path, args.out), lambda temporary: np.savez(temporary, **models[i]))
         if len(models) > 1:
-            scores, names, drawn, lines = compare(args.models, models, args.group)
+            result, names, scores, lines = compare(args.models, models, args.group)
         else:
             p, names = models[0], names_of(args.models)
-            drawn = [score(p["y_true"], p["y_prob"], p["patient_id"])]
-            scores = report(p["y_true"], p["y_prob"], p["classes"].tolist(), scores=drawn[0])
-            lines = [*summary(scores), "", *table(scores)]
+            scores = [score(p["y_true"], p["y_prob"], p["patient_id"])]
+            result = report(p["y_true"], p["y_prob"], p["classes"].tolist(), scores=scores[0])
+            lines = [*summary(result), "", *table(result)]
         print("\n".join(lines), flush=True)
         if args.json:
-            write_json(args.json, scores)
+            write_json(args.json, result)
         if args.plot:
-            plot_models(args.plot, names, drawn, models[0]["classes"].tolist(), models[0]["y_true"].sum(0))
+            plot_models(args.plot, names, scores, models[0]["classes"].tolist(), models[0]["y_true"].sum(0))
     except (InputError, network.WeightsError, OSError) as error:
         sys.stderr.write(f"evaluate.py: {data.line_of(error)}\n")
         sys.exit(2)

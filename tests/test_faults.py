@@ -182,9 +182,17 @@ def undisturbed(whole_run):
     return whole_run[0]
 
 
-def test_a_full_disk_keeps_the_checkpoints(tiny, demo_set, undisturbed, tmp_path, fails):
-    """Room for the probe's last.pt and for fine-tuning's best.pt, not for the last.pt after it."""
+@pytest.fixture
+def one_thread():
+    """As the processes that this file starts: sums depend on the number of threads."""
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_full_disk_keeps_the_checkpoints(tiny, one_thread, demo_set, undisturbed, tmp_path, fails):
+    """Room for the probe's last.pt and for fine-tuning's best.pt, not for the last.pt after it."""
     size = (undisturbed / "last.pt").stat().st_size
     with small_disk(tmp_path / "disk", size + (undisturbed / "best.pt").stat().st_size):
         out = tmp_path / "disk" / "run"

@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import sys
+import warnings
 
 import numpy as np
 import torch
@@ -224,7 +225,8 @@ def read_checkpoint(path):
     allowed = [(multiarray.scalar, "numpy.core.multiarray.scalar"), (multiarray.scalar, "numpy._core.multiarray.scalar"),
                np.dtype, type(np.dtype("float64"))]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what it warns of, it refuses
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise WeightsError(f"{path}: {error.strerror.lower()}; wanted a checkpoint, `python model.py --download` fetches the official weights") from None

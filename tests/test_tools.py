@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import data
 import evaluate
 import figures
 import make_subset
+import post_train
 from conftest import ROOT
 from test_evaluate import made_up
 
@@ -70,3 +72,18 @@ def test_the_readmes_way_to_score_another_model(demo, tmp_path, monkeypatch, cap
     exec(code, {"predict": lambda ids: np.stack([0.2 + 0.6 * truth[i] for i in ids.tolist()])})
     evaluate.main(["other.npz"])
     assert "macro AUROC 1.0000" in capsys.readouterr().out
+
+
+def test_the_readmes_commands_are_understood(tmp_path, monkeypatch):
+    """Every training command of the README, and its rows with their options."""
+    text = (ROOT / "README.md").read_text()
+    variables = {"$T": "all71", "$F": "0.1", "$S": "0", "$R": re.search(r'^R="(.*)"$', text, re.M)[1]}
+    commands = re.findall(r"python post_train\.py ([^`\n#&]*)", text)
+    commands += [f"$R --seed 0 {options}" for options in re.findall(r"^\|[^|]*\| `(--[^`]*)` \| \.\d", text, re.M)]
+    commands = [c for c in commands if "--task" in c or "$R" in c]
+    assert len(commands) >= 20
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        for name, value in variables.items():
+            command = command.replace(name, value)
+        post_train.check(post_train.parse([*shlex.split(command), "--weights", "none"]))

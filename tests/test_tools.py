@@ -3,9 +3,12 @@ import csv
 import json
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import data
 import evaluate
@@ -47,20 +50,64 @@ def test_a_subset_reads_as_ptbxl(demo, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_pictures(tmp_path, monkeypatch, capsys):
-    y, prob = made_up(40, 3, prevalence=0.3)
+@pytest.fixture
+def four_runs(tmp_path):
+    """Folders a-0, a-1 (middling models) and b-0, b-1 (b-0 is a-0 again; b-1 all but perfect), and what they hold."""
+    y, prob = made_up(60, 3, prevalence=0.3)
+    probs = {"a-0": prob, "a-1": prob[::-1].copy(), "b-0": prob, "b-1": 0.8 * y + 0.1 * prob}
+    for run, p in probs.items():
+        (tmp_path / run).mkdir()
+        lines = [{"stage": "probe", "epoch": 1, "seconds": 0.5} | dict.fromkeys(figures.PANELS, 9.0)] + [
+            {"stage": "finetune", "epoch": e, "seconds": 1000 + int(run[-1])} | {k: e + int(run[-1]) for k in figures.PANELS} for e in (1, 2, 3)]
+        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        np.savez(tmp_path / run / "predictions.npz", y_true=y, y_prob=p, classes=np.array(["x", "y", "z"]), ecg_id=np.arange(60))
+    return [str(tmp_path / run) for run in probs], y, probs
+
+
+def test_pictures(four_runs, monkeypatch):
     drawn = {}
     monkeypatch.setattr(evaluate, "save_picture", lambda figure, path, dpi: drawn.update({path: figure}))
-    for run in ("a-0", "a-1", "b-0", "b-1"):
-        (tmp_path / run).mkdir()
-        lines = [{"stage": "probe", "epoch": 1} | dict.fromkeys(figures.PANELS, 9.0)] + [
-            {"stage": "finetune", "epoch": e, **{k: e + int(run[-1]) for k in figures.PANELS}} for e in (1, 2, 3)]
-        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        np.savez(tmp_path / run / "predictions.npz", y_true=y, y_prob=prob, classes=np.array(["x", "y", "z"]), ecg_id=np.arange(40))
-    figures.main(["--group", "2", "--curves", "c.png", "--classes", "k.png", *(str(tmp_path / run) for run in ("a-0", "a-1", "b-0", "b-1"))])
+    figures.main(["--group", "2", "--curves", "c.png", "--classes", "k.png", *four_runs[0]])
     axis = drawn["c.png"].axes[2]
     assert [line.get_label() for line in axis.lines] == ["a", "b"] and axis.lines[0].get_ydata().tolist() == [1.5, 2.5, 3.5]
     assert len(drawn["k.png"].axes) == 2 and len(drawn["k.png"].axes[0].containers) == 2
+
+
+def test_the_table(four_runs, capsys):
+    runs, y, probs = four_runs
+    want = {run: (roc_auc_score(y, p, average="macro"), average_precision_score(y, p, average="macro")) for run, p in probs.items()}
+
+    def cells(of):
+        pair = np.array([want[run] for run in of])
+        return [f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in pair.T], pair.mean(0)
+    figures.main(["--group", "2", "--table", *runs])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    (first, base), (second, better) = cells(["a-0", "a-1"]), cells(["b-0", "b-1"])
+    gain = 100 * (better - base) / base
+    assert rows[0] == ["run", "AUROC", "AUPRC", "gain, %", "seeds", "seconds"]
+    assert rows[2:] == [["a", *first, "", "2", "3,002"], ["b", *second, f"{gain[0]:+.1f}* / {gain[1]:+.1f}*", "2", "3,002"]]
+
+    shutil.copy(f"{runs[3]}/predictions.npz", f"{runs[0]}/last.npz")
+    shutil.copy(f"{runs[0]}/predictions.npz", f"{runs[2]}/last.npz")
+    figures.main(["--table", runs[0], runs[2]])                      # one seed: no deviation; equal models: no star
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    a, perfect = ([f"{v:.3f}" for v in want[run]] for run in ("a-0", "b-1"))
+    assert rows[2][:7] == ["a-0", *a, "", *perfect, ""]
+    assert rows[3][:4] == ["b-0", *a, "+0.0 / +0.0"] and rows[3][4:6] == a and rows[3][6].count("*") == 2 and rows[3][6].startswith("-")
+
+
+@pytest.mark.parametrize("spoil, options, word", [
+    (lambda run: (run / "metrics.jsonl").unlink(), ["--curves", "c.png"], "metrics.jsonl"),
+    (lambda run: (run / "metrics.jsonl").write_text('{"stage": "finetune", "epoch": 1}\n'), ["--curves", "c.png"], r"\[1, 3\] epochs"),
+    (lambda run: (run / "predictions.npz").unlink(), ["--table"], "predictions.npz: no such file"),
+    (lambda run: None, ["--table", "--group", "3"], "groups of 3"),
+])
+def test_folders_that_are_no_finished_runs(four_runs, capsys, spoil, options, word):
+    spoil(Path(four_runs[0][0]))
+    with pytest.raises(SystemExit) as stop:
+        figures.main(["--group", "2", *options, *four_runs[0]])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and re.search(word, error)
 
 
 def test_the_readmes_way_to_score_another_model(demo, tmp_path, monkeypatch, capsys):

@@ -137,15 +137,24 @@ def check_what_is_left(out, undisturbed):
         assert lines == history(undisturbed)[:len(lines)]
 
 
+PHASES = {  # of a run with two batches of features and two steps an epoch, by the passes so far: was the network in training?
+    "features": lambda passes: passes == [False],
+    "the first step": lambda passes: sum(passes) == 1,
+    "a later epoch": lambda passes: sum(passes) == 4,
+    "validation": lambda passes: passes[-2:] == [True, False],
+}
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("call", [1, 3, 5, 9])
-def test_signals_end_the_run_within_a_step(tiny, demo_set, tmp_path, monkeypatch, capsys, number, status, call):
-    """As a scheduler's preemption or Ctrl-C: sent during a pass of the network (features, an epoch, validation)."""
-    calls, forward = [], network.ECGFounder.forward_features
+@pytest.mark.parametrize("phase", PHASES)
+def test_signals_end_the_run_within_a_step(tiny, demo_set, tmp_path, monkeypatch, capsys, number, status, phase):
+    """As a scheduler's preemption or Ctrl-C: sent during a pass of the network."""
+    passes, sent, forward = [], [], network.ECGFounder.forward_features
 
     def signalled(self, x):
-        calls.append(self.training)
-        if len(calls) == call:
+        passes.append(self.training)
+        if not sent and PHASES[phase](passes):
+            sent.append(len(passes))
             os.kill(os.getpid(), number)
         return forward(self, x)
 
@@ -155,7 +164,7 @@ def test_signals_end_the_run_within_a_step(tiny, demo_set, tmp_path, monkeypatch
         post_train.main(arguments(demo_set, tmp_path / "run", *TRAINING))
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == status and "--resume goes on" in error and "Traceback" not in error
-    assert len(calls) == call and signal.getsignal(number) is before and not temporaries(tmp_path / "run")
+    assert sent == [len(passes)] and signal.getsignal(number) is before and not temporaries(tmp_path / "run")
 
 
 # -------------------------------------------------------------------------------------------------------------- full disks

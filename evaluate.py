@@ -116,9 +116,8 @@ def interval(draws):
     return np.moveaxis(np.percentile(draws, (2.5, 97.5), axis=0), 0, -1)
 
 
-def report(y_true, y_prob, classes, patient_id=None, scores=None):
-    """The scores as plain data: macro AUROC and AUPRC with 95 % intervals, per class, undefined classes; None if undefined."""
-    scores = scores or score(y_true, y_prob, patient_id)
+def report(scores, y_true, classes):
+    """Scores as plain data: macro AUROC and AUPRC with 95 % intervals, per class, undefined classes; None if undefined."""
     point, draws = macro(scores.point), macro(scores.draws)
     ci = interval(draws)
     return {
@@ -432,7 +431,7 @@ def compare(paths, models, group):
     names = names_of(paths)
     m = matched(names, models)
     scores = [score(m["y_true"], prob, m["patient_id"]) for prob in m["y_prob"]]
-    reports = [{"name": name, **report(m["y_true"], None, m["classes"], scores=s)} for name, s in zip(names, scores)]
+    reports = [{"name": name, **report(s, m["y_true"], m["classes"])} for name, s in zip(names, scores)]
 
     def pairs(names, scores):
         return [{"a": names[i], "b": names[j], **difference(scores[i], scores[j], m["classes"])} for i, j in combinations(range(len(names)), 2)]
@@ -513,7 +512,7 @@ def main(argv=None):
         else:
             p, names = models[0], names_of(args.models)
             scores = [score(p["y_true"], p["y_prob"], p["patient_id"])]
-            result = report(p["y_true"], p["y_prob"], p["classes"].tolist(), scores=scores[0])
+            result = report(scores[0], p["y_true"], p["classes"].tolist())
             lines = [*summary(result), "", *table(result)]
         print("\n".join(lines), flush=True)
         if args.json:

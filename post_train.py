@@ -331,9 +331,8 @@ def check_arguments(args, last):
 
 
 def epoch_line(line, epochs, skipped):
-    show = lambda x: "-" if x is None else f"{x:.4f}"
     return (f"{line['stage']} {line['epoch']}/{epochs}  lr {line['lr']:.1e}  loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
-            f"AUROC {show(line['macro_auroc'])}  AUPRC {show(line['macro_auprc'])}  {line['seconds']:.1f} s  "
+            f"AUROC {evaluate.show(line['macro_auroc'])}  AUPRC {evaluate.show(line['macro_auprc'])}  {line['seconds']:.1f} s  "
             f"{line['ecgs_per_second']:,.0f} ECGs/s{f'  {skipped} steps skipped' if skipped else ''}")
 
 
@@ -421,7 +420,7 @@ def run(args):
                 dist.destroy_process_group()
         if rank == 0:
             p = evaluate.predict_folds(out / "best.pt", [data.TEST_FOLD], args.data, device)
-            scores = evaluate.report(p["y_true"], p["y_prob"], p["classes"].tolist(), p["patient_id"])
+            scores = evaluate.report(evaluate.score(p["y_true"], p["y_prob"], p["patient_id"]), p["y_true"], p["classes"].tolist())
             evaluate.write_json(out / "test.json", scores)
             print("\n".join(["test fold 10 with best.pt:", *evaluate.summary(scores)]))
 

@@ -74,11 +74,11 @@ def test_predictions_of_any_numeric_type(dtype):
 
 def test_undefined_classes_do_not_count():
     y = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1]])
-    scores = evaluate.report(y, np.array([[0.9, 0.5, 0.5], [0.1, 0.5, 0.5], [0.8, 0.5, 0.5]]), ["a", "b", "c"])
+    scores = evaluate.report(evaluate.score(y, np.array([[0.9, 0.5, 0.5], [0.1, 0.5, 0.5], [0.8, 0.5, 0.5]])), y, ["a", "b", "c"])
     assert scores["undefined"] == ["b", "c"] and scores["macro_auroc"] == 1.0
     assert scores["per_class"] == {"a": {"positives": 2, "auroc": 1.0, "auprc": 1.0}, "b": {"positives": 0, "auroc": None, "auprc": None},
                                    "c": {"positives": 3, "auroc": None, "auprc": None}}
-    nothing = evaluate.report(y[:, 1:2], np.full((3, 1), 0.5), ["b"])
+    nothing = evaluate.report(evaluate.score(y[:, 1:2], np.full((3, 1), 0.5)), y[:, 1:2], ["b"])
     assert nothing["macro_auroc"] is None and nothing["macro_auroc_ci"] == [None, None]
     json.dumps([scores, nothing], allow_nan=False)
     assert "undefined here, not counted: b, c" in "\n".join(evaluate.summary(scores))
@@ -111,13 +111,14 @@ def test_chunks_of_draws_change_nothing(monkeypatch):
 def test_interval_covers_as_the_normal_one_does():
     """For one class of many records the interval's width is DeLong's: compare with the spread over fresh samples."""
     scores = [evaluate.auroc_auprc(*made_up(600, 1, seed, 0.3))[0][0] for seed in range(300)]
-    low, high = evaluate.report(*made_up(600, 1, 1, 0.3), ["a"])["macro_auroc_ci"]
+    y, prob = made_up(600, 1, 1, 0.3)
+    low, high = evaluate.report(evaluate.score(y, prob), y, ["a"])["macro_auroc_ci"]
     assert (high - low) / 2 == pytest.approx(1.96 * np.std(scores), rel=0.15)
 
 
 def test_rare_classes_stay_defined_and_unbiased():
     y, prob = made_up(400, 5, prevalence=0.0)  # one positive each: drawing with replacement would lose a third of them
-    scores = evaluate.report(y, prob, list("abcde"))
+    scores = evaluate.report(evaluate.score(y, prob), y, list("abcde"))
     assert scores["undefined"] == [] and np.isfinite(scores["macro_auprc_ci"]).all()
     assert abs(scores["bootstrap_bias"]["macro_auroc"]) < 0.01
 
@@ -126,7 +127,7 @@ def test_bootstrap_of_the_whole_test_fold_is_small():
     import tracemalloc
     y, prob = made_up(2203, 4)
     tracemalloc.start()
-    evaluate.report(y, prob, list("abcd"))
+    evaluate.report(evaluate.score(y, prob), y, list("abcd"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5e8  # it holds one class at a time, so 71 classes take no more

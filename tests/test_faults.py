@@ -260,7 +260,7 @@ def test_five_processes_on_one_folder(demo, undisturbed, tmp_path):
     for i in range(2):
         assert_same_run(tmp_path / f"run{i}", undisturbed)
         with np.load(tmp_path / f"p{i}.npz") as z:
-            scores = evaluate.report(z["y_true"], z["y_prob"], z["classes"].tolist(), z["patient_id"])
+            scores = evaluate.report(evaluate.score(z["y_true"], z["y_prob"], z["patient_id"]), z["y_true"], z["classes"].tolist())
         assert scores == json.loads((undisturbed / "test.json").read_text())
     assert sorted(p.name for p in (demo / "cache").iterdir()) == [".lock", "filter.json", "filter.npy"]
 

@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -134,3 +136,13 @@ def test_the_readmes_commands_are_understood(tmp_path, monkeypatch):
         for name, value in variables.items():
             command = command.replace(name, value)
         post_train.check(post_train.parse([*shlex.split(command), "--weights", "none"]))
+
+
+def test_the_readmes_other_commands_name_what_is_there():
+    asked = {}
+    for script, options in re.findall(r"python ((?:tests/)?\w+\.py)([^`\n#&|;]*)", (ROOT / "README.md").read_text()):
+        asked.setdefault(script, set()).update(re.findall(r"(?<!\S)--[a-z-]+", options))
+    assert {"data.py", "model.py", "evaluate.py", "tests/figures.py", "tests/make_subset.py", "tests/make_demo.py", "tests/benchmark.py"} <= set(asked)
+    for script, options in asked.items():
+        known = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
+        assert options <= set(re.findall(r"--[a-z-]+", known)), script

@@ -14,6 +14,7 @@ import ast
 import csv
 import errno
 import json
+import math
 import os
 import re
 import sys
@@ -213,10 +214,11 @@ def preprocess(signal, fs, how="filter"):
     are zeros. Raises InputError for a record that is no ECG: wrong shape, too short to filter, infinite or huge samples.
     """
     from scipy import ndimage, signal as dsp
-    x = np.asarray(signal, np.float64)
+    x = np.asarray(signal)
     check_preprocessing(how)
     if x.ndim != 2 or len(x) != len(LEADS) or not x.shape[1] or not 0 < fs < np.inf:
         raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (12, n) at a positive rate")
+    x = x[:, :math.ceil(11 * min(fs, MAX_FS))].astype(np.float64)  # 10 s, and one more for the filter that resamples
     if not np.abs(np.nan_to_num(x, posinf=np.inf, neginf=-np.inf)).max() <= MAX_MILLIVOLTS:
         raise InputError(f"holds infinite samples or such beyond {MAX_MILLIVOLTS:g} mV; wanted an ECG in millivolts")
     if fs != FS:
@@ -384,14 +386,17 @@ def readable(path, how):
 
 
 @contextmanager
-def locked(folder, names, wait=True):
-    """Keep other processes from writing the files `names` (glob patterns) of `folder`: wait for them, or raise BlockingIOError.
+def locked(folder, names, busy=None):
+    """Keep other processes from writing the files `names` (glob patterns) of `folder`: wait for them, or raise InputError(busy).
 
     Temporary files of these names, which a killed process may have left, are removed.
     """
     import fcntl
     with open(Path(folder, ".lock"), "w") as lock:  # a file, open for writing, as network file systems want it
-        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if busy else fcntl.LOCK_EX)
+        except BlockingIOError:
+            raise InputError(f"{folder}: {busy}") from None
         for name in names:
             for path in Path(folder).glob(f".[0-9]*.{name}"):
                 path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Macro AUROC and AUPRC on PTB-XL's test fold, with 95 % intervals over patients; models compared; one ECG predicted.
 
     python evaluate.py runs/x/best.pt                     # fold 10; writes runs/x/predictions.npz
-    python evaluate.py runs/x/best.pt --fold 9 10 --json scores.json
+    python evaluate.py runs/x/best.pt --fold 9 10 --out runs/x/folds9+10.npz --json scores.json
     python evaluate.py predictions.npz                    # of any model: y_true (N, L), y_prob (N, L), classes (L,)
     python evaluate.py A.npz B.npz runs/x/best.pt --plot models.png   # side by side, with paired differences
     python evaluate.py runs/a-*/best.pt runs/b-*/best.pt --group 3     # three seeds of each of two settings
@@ -147,10 +147,9 @@ def difference(a, b, classes, top=5):
 
 
 def group_name(names):
-    """What the names of one setting's runs have in common, without the seed."""
-    if len(set(names)) == 1:
-        return names[0]
-    return re.sub(r"([-_. ]+|[-_. ]*seed[-_. ]*)\d*$", "", os.path.commonprefix(names)) or names[0]
+    """The one name of a setting's runs, without the seed; all their names where these are not of one setting."""
+    settings = {re.sub(r"[-_. ]*(seed)?[-_. ]*\d+$", "", name) for name in names}
+    return names[0] if len(set(names)) == 1 else settings.pop() if len(settings) == 1 and "" not in settings else ", ".join(names)
 
 
 def grouped(names, scores, size):
@@ -205,24 +204,24 @@ def group_lines(groups):
     return lines
 
 
-def summary(scores):
+def summary(result):
     """A report's macro scores as lines to print."""
-    lines = [f"{scores['n']:,} records"]
+    lines = [f"{result['n']:,} records"]
     for name in METRICS:
-        low, high = scores[f"macro_{name}_ci"]
-        lines.append(f"macro {name.upper()} {show(scores[f'macro_{name}'])}  95 % interval {show(low)} to {show(high)}")
-    return lines + undefined(scores)
+        low, high = result[f"macro_{name}_ci"]
+        lines.append(f"macro {name.upper()} {show(result[f'macro_{name}'])}  95 % interval {show(low)} to {show(high)}")
+    return lines + undefined(result)
 
 
-def undefined(scores):
-    return [f"undefined here, not counted: {', '.join(scores['undefined'])}"] if scores["undefined"] else []
+def undefined(result):
+    return [f"undefined here, not counted: {', '.join(result['undefined'])}"] if result["undefined"] else []
 
 
-def table(scores):
+def table(result):
     """A report's classes as lines to print."""
-    width = max(map(len, [*scores["per_class"], "class"]))
+    width = max(map(len, [*result["per_class"], "class"]))
     return [f"{'class':{width}} positives  AUROC  AUPRC"] + [
-        f"{name:{width}} {s['positives']:9,} {show(s['auroc'])} {show(s['auprc'])}" for name, s in scores["per_class"].items()]
+        f"{name:{width}} {s['positives']:9,} {show(s['auroc'])} {show(s['auprc'])}" for name, s in result["per_class"].items()]
 
 
 # ----------------------------------------------------------------------------------------------------------- predictions
@@ -452,6 +451,11 @@ def output_of(model, out):
     return path if path.suffix == ".npz" or path.is_dir() else path.with_name(f"{path.name}.npz")
 
 
+def check_picture(path):
+    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"{path}: no picture can be written under this name; wanted .png, .pdf or .svg")
+
+
 def check(args):
     """Raise InputError for options that do not go together, before anything is read or written."""
     checkpoints = [path for path in args.models if not path.endswith(".npz")]
@@ -463,8 +467,8 @@ def check(args):
         raise InputError(f"{'--record' if args.record else '--out'} goes with one FILE, {len(args.models)} were given; give one")
     if args.group is not None and (args.group < 1 or len(args.models) % args.group or len(args.models) < 2):
         raise InputError(f"--group {args.group}: {len(args.models)} files do not come in runs of {args.group}; wanted all seeds of each setting, one after the other")
-    if args.plot and Path(args.plot).suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"{args.plot}: no picture can be written under this name; wanted .png, .pdf or .svg")
+    if args.plot:
+        check_picture(args.plot)
     for path in args.models:
         if not os.path.isfile(path):
             raise InputError(f"{path}: no such file; wanted a checkpoint (`python post_train.py` writes them to runs/) or predictions (.npz)")

@@ -40,7 +40,7 @@ class WeightsError(ValueError):
 
 
 class LongConv1d(torch.autograd.Function):
-    """F.conv1d for kernels longer than 14 samples on a CPU, with a weight gradient that is several times faster.
+    """F.conv1d for kernels of an even length above 14 samples on a CPU, with a weight gradient that is several times faster.
 
     oneDNN has fast code for weight gradients of kernels up to 14 samples and a slow general one beyond. A weight's gradient
     does not depend on the other weights, so the two halves of the kernel are differentiated one after the other.
@@ -83,7 +83,7 @@ class SameConv1d(nn.Module):
         stride, groups, kernel = conv.stride[0], conv.groups, conv.kernel_size[0]
         pad = max(0, (math.ceil(n / stride) - 1) * stride + kernel - n)
         left, right = pad // 2, pad - pad // 2
-        if kernel > 14 and x.device.type == "cpu" and torch.is_grad_enabled():
+        if kernel > 14 and kernel % 2 == 0 and x.device.type == "cpu" and torch.is_grad_enabled():
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
             return LongConv1d.apply(F.pad(x, (left, right)).to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), stride, groups)
         if left == right:
@@ -315,7 +315,7 @@ def verify(path):
     if stem is None or dense is None or stem.dim() != 3 or dense.dim() != 2:
         raise WeightsError(f"{path}: has no first_conv.conv.weight and dense.weight; wanted ECGFounder's network")
     model = ecgfounder(dense.shape[0], stem.shape[1]).eval()
-    load_pretrained(model, path, head=True)
+    load_state(model, state, path, head=True)
     dropped = len(state) - len(model.state_dict())
     lines = [f"{path}: {len(model.state_dict())} tensors loaded, {dropped} unused BatchNorm tensors left out; "
              f"{stem.shape[1]} leads, {dense.shape[0]} classes"]

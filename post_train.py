@@ -10,6 +10,7 @@ Writes to --out: metrics.jsonl (a line an epoch), best.pt (best validation macro
 Needs data.py, model.py and evaluate.py beside it.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import resource
 import signal
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -35,6 +36,7 @@ AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 # What a strategy sets unless an option says otherwise.
 STRATEGIES = {"post": {"probe_epochs": 30, "lr": 5e-4, "drop_path": 0.5, "dropout": 0.05},
               "baseline": {"probe_epochs": 0, "lr": 1e-4, "drop_path": 0.0, "dropout": 0.0}}
+OUTPUTS = ("best.pt", "last.pt", "metrics.jsonl", "test.json")
 FREE_ARGUMENTS = ("resume", "out", "data", "device", "compile")  # may differ when a run goes on
 
 
@@ -90,9 +92,12 @@ def plateaus(aurocs, patience=10, threshold=1e-4):
     return reductions
 
 
-def epoch_seed(seed, stage, epoch, rank=0):
-    """A seed of its own for each epoch, so that a resumed run draws what an undisturbed one would have drawn."""
-    return int(np.random.SeedSequence((seed, sum(map(ord, stage)), epoch, rank)).generate_state(1)[0])
+def epoch_seed(seed, stage, epoch, stream=0):
+    """A seed of its own for each epoch, so that a resumed run draws what an undisturbed one would have drawn.
+
+    stream: 0 for the order of the batches, which all ranks share; 1 + rank for a rank's dropout and drop path.
+    """
+    return int(np.random.SeedSequence((seed, sum(map(ord, stage)), epoch, stream)).generate_state(1)[0])
 
 
 def epoch_batches(n, batch_size, seed, rank, world):
@@ -185,6 +190,7 @@ def on_device(split, device):
 
 
 def peak_memory_mb(device):
+    """On a GPU the epoch's peak of allocated memory; on a CPU the process's so far (Linux counts it in kB)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -206,23 +212,26 @@ def train(args, device, rank=0, world=1):
     """Train both stages from where the run stands; leaves best.pt, last.pt and metrics.jsonl in args.out."""
     say = print if rank == 0 else lambda *a, **k: None
     out, amp = Path(args.out), AMP[args.amp]
-    classes, train_split, val_split = load_splits(args, device)
+    about, train_split, val_split = load_splits(args, device)
     n = len(train_split.rows)
     batch_size = min(args.batch_size, n) // world * world
     if not batch_size:
         raise InputError(f"{n} training records and batch size {args.batch_size} for {world} processes; wanted at least one record each")
     torch.manual_seed(args.seed)
-    model = network.ecgfounder(len(classes), drop_path=args.drop_path, drop_path_mode=args.drop_path_mode, dropout=args.dropout)
+    model = network.ecgfounder(len(about["classes"]), drop_path=args.drop_path, drop_path_mode=args.drop_path_mode, dropout=args.dropout)
     last = evaluate.load_checkpoint(out / "last.pt")[1] if args.resume and (out / "last.pt").exists() else None
     if last:
         check_arguments(args, last)
-        model.load_state_dict(last["state_dict"])
+        if other := [key for key, value in about.items() if last.get(key) != value]:
+            raise InputError(f"{out}/last.pt was begun with other {other[0]} than {args.data} has; give the same --data, or another --out")
+        network.load_state(model, last["state_dict"], out / "last.pt", head=True)
         say(f"going on after {last['stage']} epoch {last['epoch']}")
     elif args.weights != "none":
         network.load_pretrained(model, args.weights)
     model.to(device)
     history = last["history"] if last else []
-    write_history(out, history, rank)
+    if rank == 0:
+        write_history(out, history)
     say(f"{args.task}, {n:,} records to train and {len(val_split.rows):,} to validate on, batch {batch_size}"
         f"{'' if batch_size == args.batch_size else f' (not {args.batch_size})'}, "
         f"{'random initialization' if args.weights == 'none' else args.weights}, {device}{f' x {world}' if world > 1 else ''}, "
@@ -246,6 +255,7 @@ def train(args, device, rank=0, world=1):
         if finished:
             optimizer.load_state_dict(last["optimizer"])
             scaler.load_state_dict(last["scaler"])
+        # What computes: `trained` itself, or compiled, or wrapped for several GPUs.
         net = torch.compile(trained) if args.compile and trained is model else trained
         if world > 1:
             net = torch.nn.parallel.DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
@@ -269,16 +279,16 @@ def train(args, device, rank=0, world=1):
                             "macro_auroc": auroc, "macro_auprc": auprc, "seconds": time.perf_counter() - started,
                             "ecgs_per_second": len(index) * batch_size / training_seconds, "peak_memory_mb": peak_memory_mb(device)})
             if rank == 0:
-                checkpoint = make_checkpoint(args, model, classes, history)
+                checkpoint = make_checkpoint(args, model, about, history)
                 if best_epoch(history, stages_of(args)) == len(history) - 1:
                     save(out / "best.pt", checkpoint)
                 save(out / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
-            write_history(out, history, rank)
+                write_history(out, history)
             say(epoch_line(history[-1], stage.epochs, skipped), flush=True)
 
 
 def load_splits(args, device):
-    """(classes, training Split, validation Split); fold 10 is only counted, not read."""
+    """(what a checkpoint says of them, training Split, validation Split); fold 10 is only counted, not read."""
     labels = data.load_labels(args.data, args.task)
     cache = data.load_cache(args.data, args.preprocess)
     labels, rows = data.align(labels, cache)
@@ -287,7 +297,8 @@ def load_splits(args, device):
             raise InputError(f"{args.data}: no record of {args.task} in {name}; wanted PTB-XL's ten folds")
     train = data.subset(np.flatnonzero(np.isin(labels.fold, data.TRAIN_FOLDS)), args.frac, args.seed)
     val = np.flatnonzero(labels.fold == data.VAL_FOLD)
-    return labels.classes, *(Split(cache.signals, rows[i], torch.from_numpy(labels.y[i]).float().to(device)) for i in (train, val))
+    digest = hashlib.sha256(b"".join(labels.ecg_id[i].tobytes() + labels.y[i].tobytes() for i in (train, val))).hexdigest()
+    return {"classes": labels.classes, "records": digest}, *(Split(cache.signals, rows[i], torch.from_numpy(labels.y[i]).float().to(device)) for i in (train, val))
 
 
 def best_epoch(history, stages):
@@ -297,10 +308,9 @@ def best_epoch(history, stages):
     return max(lines, key=lambda i: -1.0 if history[i]["macro_auroc"] is None else history[i]["macro_auroc"], default=None)
 
 
-def make_checkpoint(args, model, classes, history):
-    """A checkpoint: tensors and plain data that say all there is to know of it."""
-    return {"layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": model.state_dict(), "task": args.task, "classes": classes,
-            "preprocessing": args.preprocess, "data": os.path.abspath(args.data), "args": dict(vars(args)),
+def make_checkpoint(args, model, about, history):
+    """A checkpoint: tensors and plain data that say all there is to know of it. about: the classes, a digest of the records."""
+    return {"layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": model.state_dict(), "task": args.task, **about, "preprocessing": args.preprocess, "data": os.path.abspath(args.data), "args": dict(vars(args)),
             "stage": history[-1]["stage"], "epoch": history[-1]["epoch"], "history": history,
             "versions": {"torch": str(torch.__version__), **data.versions()}}
 
@@ -314,11 +324,10 @@ def save(path, checkpoint):
     data.write_atomically(path, write)
 
 
-def write_history(out, history, rank):
+def write_history(out, history):
     """metrics.jsonl anew from the history, so that no kill leaves a torn or doubled line."""
-    if rank == 0:
-        lines = "".join(json.dumps(line) + "\n" for line in history)
-        data.write_atomically(out / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
+    lines = "".join(json.dumps(line) + "\n" for line in history)
+    data.write_atomically(out / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
 
 
 def check_arguments(args, last):
@@ -373,7 +382,7 @@ def parse(argv):
 def check(args):
     """Raise InputError for what no run can use, before anything is read or written."""
     data.check_task(args.task)
-    data.subset([0], args.frac, 0)
+    data.subset([0], args.frac, 0)  # raises for a bad --frac
     for key, good, wanted in (("epochs", args.epochs >= 0, "at least 0"), ("probe_epochs", args.probe_epochs >= 0, "at least 0"),
                               ("batch_size", args.batch_size >= 1, "at least 1"), ("seed", 0 <= args.seed < 2**32, "0 to 2^32 - 1"),
                               ("lr", 0 < args.lr < math.inf, "above 0"), ("probe_lr", 0 < args.probe_lr < math.inf, "above 0"),
@@ -400,6 +409,8 @@ def run(args):
     args.data = os.path.abspath(args.data)
     out = Path(args.out)
     if args.resume and (out / "test.json").exists():
+        if (out / "last.pt").exists():
+            check_arguments(args, evaluate.load_checkpoint(out / "last.pt")[1])
         if rank == 0:
             print(f"{out}: this run is finished, see test.json")
         return
@@ -410,7 +421,7 @@ def run(args):
     except OSError as error:
         raise InputError(f"{out}: cannot be made ({error.strerror.lower()}); give another --out") from None
     data.build_cache(args.data, args.preprocess, skip_unreadable=args.skip_unreadable)  # may take longer than ranks wait for each other
-    with lock_of(out) if rank == 0 else nullcontext():
+    with data.locked(out, OUTPUTS, "another process is training there; wait for it, or give another --out") if rank == 0 else nullcontext():
         if world > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
@@ -420,19 +431,9 @@ def run(args):
                 dist.destroy_process_group()
         if rank == 0:
             p = evaluate.predict_folds(out / "best.pt", [data.TEST_FOLD], args.data, device)
-            scores = evaluate.report(evaluate.score(p["y_true"], p["y_prob"], p["patient_id"]), p["y_true"], p["classes"].tolist())
-            evaluate.write_json(out / "test.json", scores)
-            print("\n".join(["test fold 10 with best.pt:", *evaluate.summary(scores)]))
-
-
-@contextmanager
-def lock_of(out):
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(data.locked(out, ("best.pt", "last.pt", "metrics.jsonl", "test.json"), wait=False))
-        except BlockingIOError:
-            raise InputError(f"{out}: another process is training there; wait for it, or give another --out") from None
-        yield
+            result = evaluate.report(evaluate.score(p["y_true"], p["y_prob"], p["patient_id"]), p["y_true"], p["classes"].tolist())
+            evaluate.write_json(out / "test.json", result)
+            print("\n".join(["test fold 10 with best.pt:", *evaluate.summary(result)]))
 
 
 def stop(number, frame):

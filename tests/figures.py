@@ -10,6 +10,7 @@ classes: evaluate.py's picture of each class, of predictions.npz.
 """
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -31,10 +32,23 @@ def history(run):
         raise InputError(f"{run}: has no metrics.jsonl that can be read ({type(error).__name__}); wanted the folder of a finished run") from None
 
 
+def check_scores(path, model):
+    """Raise InputError if predictions.npz is not best.pt's of fold 10, whose scores the run left in test.json."""
+    try:
+        test = json.loads(Path(path).with_name("test.json").read_text())
+        same = test["n"] == model["n"] and all(math.isclose(test[f"macro_{m}"], model[f"macro_{m}"], abs_tol=1e-3) for m in evaluate.METRICS)
+    except (OSError, ValueError, TypeError, KeyError):
+        same = False
+    if Path(path).name == "predictions.npz" and not same:
+        raise InputError(f"{path}: its scores are not those of test.json; `python evaluate.py {Path(path).with_name('best.pt')}` predicts fold 10 again")
+
+
 def score_cells(runs, group, name):
     """AUROC, AUPRC and gain of each setting from the runs' predictions `name`, as text."""
     paths = [f"{run}/{name}" for run in runs]
     result = evaluate.compare(paths, [evaluate.load_predictions(path) for path in paths], group)[0]
+    for path, model in zip(paths, result["models"]):
+        check_scores(path, model)
     against_first = [None, *result["group_pairs"]]  # the pairs of the first setting come first
     for g, pair in zip(result["groups"], against_first):
         scores, gains = [], []
@@ -62,18 +76,19 @@ def table(runs, group):
 
 def draw_curves(path, runs, group):
     """runs: folders with metrics.jsonl, whose stage `finetune` is drawn; settings without one are left out."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    settings = []
     for i in range(0, len(runs), group):
         seeds = [[line for line in history(run) if line["stage"] == "finetune"] for run in runs[i:i + group]]
         if len({len(seed) for seed in seeds}) > 1:
             raise InputError(f"{', '.join(runs[i:i + group])}: have {[len(seed) for seed in seeds]} epochs of fine-tuning; "
                              "wanted the same number for the seeds of one setting")
-        if not seeds[0]:
-            continue
-        name = evaluate.group_name([Path(run).name for run in runs[i:i + group]])
+        if seeds[0]:
+            settings.append((evaluate.group_name([Path(run).name for run in runs[i:i + group]]), seeds))
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    for name, seeds in settings:
         for axis, (key, label) in zip(axes.flat, PANELS.items()):
             values = np.array([[line[key] for line in seed] for seed in seeds], float)
             epochs = np.arange(1, values.shape[1] + 1)
@@ -98,6 +113,8 @@ def main(argv=None):
     try:
         if args.group < 1 or len(args.runs) % args.group:
             raise InputError(f"--group {args.group}: {len(args.runs)} runs do not come in groups of {args.group}; wanted all seeds of each setting, one after the other")
+        for picture in filter(None, (args.curves, args.classes)):
+            evaluate.check_picture(picture)
         if args.table:
             print("\n".join(table(args.runs, args.group)))
         if args.curves:
@@ -106,7 +123,8 @@ def main(argv=None):
         sys.stderr.write(f"figures.py: {data.line_of(error)}\n")
         sys.exit(2)
     if args.classes:
-        evaluate.main([f"{run}/predictions.npz" for run in args.runs] + ["--group", str(args.group), "--plot", args.classes])
+        group = ["--group", str(args.group)] if args.group > 1 else []
+        evaluate.main([f"{run}/predictions.npz" for run in args.runs] + [*group, "--plot", args.classes])
 
 
 if __name__ == "__main__":

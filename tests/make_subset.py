@@ -4,7 +4,8 @@
     python tests/make_subset.py ptbxl pretrain ptbxl-pretrain      # 1,268 other records, all of folds 1-8
 
 The signals are linked, not copied. In the set to pretrain on, PTB-XL's folds 7 and 8 are called 9 and 10, so that it has a
-validation and a test fold of its own and no patient of the target's.
+validation and a test fold of its own. PTB-XL's folds share no patient, so the set has none of the target's folds 9 and 10;
+a few patients of its training folds are in both.
 """
 import argparse
 import csv

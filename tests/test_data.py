@@ -174,6 +174,15 @@ def test_other_rates_are_resampled(fs):
     np.testing.assert_allclose(got[:, 200:-200], tone(500)[:, 200:4800], atol=0.01)
 
 
+@pytest.mark.parametrize("fs, up, down", [(50, 10, 1), (257, 500, 257), (500, 1, 1), (1000, 1, 2), (5000, 1, 10)])
+def test_only_the_first_ten_seconds_count(fs, up, down):
+    """Of half a minute: what the whole of it, resampled, begins with; whatever comes later."""
+    x = np.random.default_rng(0).standard_normal((12, 30 * fs)).cumsum(1) / 10
+    want = scipy.signal.resample_poly(x, up, down, axis=1)[:, :5000]
+    x[4, 20 * fs] = 1e6
+    np.testing.assert_allclose(data.preprocess(x, fs, "raw"), want, rtol=1e-6, atol=1e-6)
+
+
 def test_long_is_cut_and_short_is_padded_after_the_filter():
     long = np.concatenate([SIGNAL, SIGNAL[:, ::-1]], 1)
     assert np.array_equal(data.preprocess(long, 500), data.preprocess(SIGNAL, 500))

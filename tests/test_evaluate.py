@@ -354,7 +354,7 @@ def test_unknown_patients_are_each_their_own(models):
 
 @pytest.mark.parametrize("names, want", [
     (["a-seed0", "a-seed1"], "a"), (["run_1", "run_2"], "run"), (["xresnet1d101"], "xresnet1d101"), (["x-drop-path-0.5-0", "x-drop-path-0.5-1"], "x-drop-path-0.5"),
-    (["classes-0", "classes-1"], "classes"), (["a-seed10", "a-seed11"], "a"), (["a", "b"], "a"), (["rhythm12", "rhythm12"], "rhythm12"),
+    (["classes-0", "classes-1"], "classes"), (["a-seed10", "a-seed11"], "a"), (["a", "b"], "a, b"), (["a-0", "a-1", "b-0"], "a-0, a-1, b-0"), (["0", "1"], "0, 1"), (["run1", "run2"], "run"), (["rhythm12", "rhythm12"], "rhythm12"),
 ])
 def test_names_of_groups(names, want):
     assert evaluate.group_name(names) == want

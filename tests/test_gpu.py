@@ -50,7 +50,7 @@ def test_killed_and_resumed_goes_on(demo_set, tmp_path, monkeypatch):
     post_train.main(on_gpu(demo_set, tmp_path / "whole"))
     with monkeypatch.context() as m, pytest.raises(SystemExit):
         real = post_train.write_history
-        m.setattr(post_train, "write_history", lambda out, h, rank: (real(out, h, rank), post_train.stop(2, None) if len(h) == 3 else None))
+        m.setattr(post_train, "write_history", lambda out, h: (real(out, h), post_train.stop(2, None) if len(h) == 3 else None))
         post_train.main(on_gpu(demo_set, tmp_path / "cut"))
     post_train.main(on_gpu(demo_set, tmp_path / "cut", "--resume"))
     for a, b in zip(history(tmp_path / "whole"), history(tmp_path / "cut")):

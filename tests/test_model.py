@@ -111,6 +111,19 @@ def test_wrong_inputs_are_named(founder, shape):
         founder(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("kernel", [13, 15, 16, 18])
+def test_convolutions_of_any_kernel(kernel):
+    """Output and gradients against PyTorch's own on an input padded by hand."""
+    torch.manual_seed(0)
+    conv, x = network.SameConv1d(4, 6, kernel, stride=2, groups=2).double(), torch.randn(2, 4, 51, dtype=torch.double, requires_grad=True)
+    pad = 25 * 2 + kernel - 51
+    want = torch.nn.functional.conv1d(torch.nn.functional.pad(x, (pad // 2, pad - pad // 2)), conv.conv.weight, conv.conv.bias, 2, groups=2)
+    got, inputs = conv(x), (x, conv.conv.weight, conv.conv.bias)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(want)
+    torch.testing.assert_close(torch.autograd.grad((got * weights).sum(), inputs), torch.autograd.grad((want * weights).sum(), inputs))
+
+
 def test_dropout_acts_on_the_pooled_features_alone():
     torch.manual_seed(0)
     model = network.ecgfounder(4, dropout=0.5).train()

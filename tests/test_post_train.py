@@ -357,7 +357,7 @@ def test_resume_without_a_run_starts_anew(run, demo):
 
 def test_one_process_at_a_time_trains_in_a_folder(tiny, demo_set, tmp_path, fails):
     (tmp_path / "run").mkdir()
-    with post_train.lock_of(tmp_path / "run"):
+    with data.locked(tmp_path / "run", post_train.OUTPUTS):
         fails(post_train.main, arguments(demo_set, tmp_path / "run"), "another process is training there")
     post_train.main(arguments(demo_set, tmp_path / "run"))
 
@@ -367,6 +367,24 @@ def test_a_moved_data_set_does_not_stop_a_resume(run, demo, tmp_path):
     (out / "test.json").unlink()
     run(Path(shutil.move(demo, tmp_path / "moved")), "--resume", out=out)
     assert (out / "test.json").exists()
+
+
+def test_other_records_stop_a_resume(run, demo, fails):
+    out = run(demo)
+    (out / "test.json").unlink()
+    table = demo / data.TABLES[0]
+    text = table.read_text()
+    assert ",1,records100/" in text and ",9,records100/" in text
+    table.write_text(text.replace(",1,records100/", ",9,records100/", 1))  # a training record goes to the validation fold
+    fails(post_train.main, [*arguments(demo, out), "--resume"], "other records", "--data")
+    table.write_text(text)
+    run(demo, "--resume", out=out)
+    assert (out / "test.json").exists()
+
+
+def test_a_finished_run_does_not_take_other_arguments(run, demo_set, fails):
+    out = run(demo_set)
+    fails(post_train.main, [*arguments(demo_set, out), "--epochs", "9", "--resume"], "--epochs was 2, now 9")
 
 
 def test_a_non_finite_loss_stops_the_run(run, demo, monkeypatch, capsys):

@@ -62,17 +62,22 @@ def four_runs(tmp_path):
         lines = [{"stage": "probe", "epoch": 1, "seconds": 0.5} | dict.fromkeys(figures.PANELS, 9.0)] + [
             {"stage": "finetune", "epoch": e, "seconds": 1000 + int(run[-1])} | {k: e + int(run[-1]) for k in figures.PANELS} for e in (1, 2, 3)]
         (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        scores = [float(f(y, p, average="macro")) for f in (roc_auc_score, average_precision_score)]
+        (tmp_path / run / "test.json").write_text(json.dumps({"n": 60} | dict(zip(("macro_auroc", "macro_auprc"), scores))))
         np.savez(tmp_path / run / "predictions.npz", y_true=y, y_prob=p, classes=np.array(["x", "y", "z"]), ecg_id=np.arange(60))
     return [str(tmp_path / run) for run in probs], y, probs
 
 
 def test_pictures(four_runs, monkeypatch):
+    import matplotlib.pyplot as plt
     drawn = {}
-    monkeypatch.setattr(evaluate, "save_picture", lambda figure, path, dpi: drawn.update({path: figure}))
+    monkeypatch.setattr(evaluate, "save_picture", lambda figure, path, dpi: (plt.close(figure), drawn.update({path: figure})))
     figures.main(["--group", "2", "--curves", "c.png", "--classes", "k.png", *four_runs[0]])
     axis = drawn["c.png"].axes[2]
     assert [line.get_label() for line in axis.lines] == ["a", "b"] and axis.lines[0].get_ydata().tolist() == [1.5, 2.5, 3.5]
     assert len(drawn["k.png"].axes) == 2 and len(drawn["k.png"].axes[0].containers) == 2
+    figures.main(["--classes", "one.png", four_runs[0][0]])
+    assert len(drawn["one.png"].axes[0].containers) == 1
 
 
 def test_the_table(four_runs, capsys):
@@ -103,6 +108,9 @@ def test_the_table(four_runs, capsys):
     (lambda run: (run / "metrics.jsonl").write_text('{"stage": "finetune", "epoch": 1}\n'), ["--curves", "c.png"], r"\[1, 3\] epochs"),
     (lambda run: (run / "predictions.npz").unlink(), ["--table"], "predictions.npz: no such file"),
     (lambda run: None, ["--table", "--group", "3"], "groups of 3"),
+    (lambda run: None, ["--curves", "c.xyz"], "c.xyz: no picture"),
+    (lambda run: shutil.copy(run.parent / "b-1" / "predictions.npz", run), ["--table"], "a-0/predictions.npz: its scores are not those of test.json"),
+    (lambda run: (run / "test.json").unlink(), ["--table"], "a-0/predictions.npz: its scores are not"),
 ])
 def test_folders_that_are_no_finished_runs(four_runs, capsys, spoil, options, word):
     spoil(Path(four_runs[0][0]))

@@ -340,8 +340,9 @@ def check_arguments(args, last):
 
 
 def epoch_line(line, epochs, skipped):
+    auroc, auprc = (evaluate.show(line[f"macro_{m}"]).strip() for m in evaluate.METRICS)
     return (f"{line['stage']} {line['epoch']}/{epochs}  lr {line['lr']:.1e}  loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
-            f"AUROC {evaluate.show(line['macro_auroc'])}  AUPRC {evaluate.show(line['macro_auprc'])}  {line['seconds']:.1f} s  "
+            f"AUROC {auroc}  AUPRC {auprc}  {line['seconds']:.1f} s  "
             f"{line['ecgs_per_second']:,.0f} ECGs/s{f'  {skipped} steps skipped' if skipped else ''}")
 
 

@@ -253,8 +253,8 @@ def load_pretrained(model, path, head=False):
     """Load the official `.pth`, or a checkpoint of post_train.py of any task, into `model`; returns the checkpoint's dict.
 
     Without `head` everything but `dense` is loaded and the head keeps its initialisation (the file must hold some head all
-    the same); with it the class count must fit too. Every other difference raises WeightsError, naming the first missing, unexpected and misshapen keys, before
-    anything is loaded. Of the file only the unused BatchNorm keys are left out.
+    the same); with it the class count must fit too. Every other difference raises WeightsError, naming the first missing,
+    unexpected and misshapen keys, before anything is loaded. Of the file only the unused BatchNorm keys are left out.
     """
     checkpoint = read_checkpoint(path)
     load_state(model, checkpoint["state_dict"], path, head)

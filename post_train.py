@@ -298,7 +298,8 @@ def load_splits(args, device):
     train = data.subset(np.flatnonzero(np.isin(labels.fold, data.TRAIN_FOLDS)), args.frac, args.seed)
     val = np.flatnonzero(labels.fold == data.VAL_FOLD)
     digest = hashlib.sha256(b"".join(labels.ecg_id[i].tobytes() + labels.y[i].tobytes() for i in (train, val))).hexdigest()
-    return {"classes": labels.classes, "records": digest}, *(Split(cache.signals, rows[i], torch.from_numpy(labels.y[i]).float().to(device)) for i in (train, val))
+    splits = (Split(cache.signals, rows[i], torch.from_numpy(labels.y[i]).float().to(device)) for i in (train, val))
+    return {"classes": labels.classes, "records": digest}, *splits
 
 
 def best_epoch(history, stages):
@@ -310,7 +311,8 @@ def best_epoch(history, stages):
 
 def make_checkpoint(args, model, about, history):
     """A checkpoint: tensors and plain data that say all there is to know of it. about: the classes, a digest of the records."""
-    return {"layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": model.state_dict(), "task": args.task, **about, "preprocessing": args.preprocess, "data": os.path.abspath(args.data), "args": dict(vars(args)),
+    return {"layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": model.state_dict(), "task": args.task, **about,
+            "preprocessing": args.preprocess, "data": os.path.abspath(args.data), "args": dict(vars(args)),
             "stage": history[-1]["stage"], "epoch": history[-1]["epoch"], "history": history,
             "versions": {"torch": str(torch.__version__), **data.versions()}}
 

@@ -1,6 +1,6 @@
 """Kills, signals, full disks, many processes at once, long use: nothing is lost and nothing is half written.
 
-The short version runs with the other tests; the long one is `python -m pytest -m campaign tests` (about 10 minutes on 2 idle cores).
+The short version runs with the other tests; the long one is `python -m pytest -m campaign tests` (8 minutes on 2 idle cores).
 """
 import json
 import os

@@ -148,8 +148,10 @@ def difference(a, b, classes, top=5):
 
 def group_name(names):
     """The one name of a setting's runs, without the seed; all their names where these are not of one setting."""
-    settings = {re.sub(r"[-_. ]*(seed)?[-_. ]*\d+$", "", name) for name in names}
-    return names[0] if len(set(names)) == 1 else settings.pop() if len(settings) == 1 and "" not in settings else ", ".join(names)
+    if len(set(names)) == 1:
+        return names[0]
+    first, *others = {re.sub(r"[-_. ]*(seed)?[-_. ]*\d+$", "", name) for name in names}
+    return first if first and not others else ", ".join(names)
 
 
 def grouped(names, scores, size):

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import data
 import evaluate
 import figures
 import make_subset
+import model as network
 import post_train
 from conftest import ROOT
 from test_evaluate import made_up
@@ -129,6 +131,18 @@ def test_the_readmes_way_to_score_another_model(demo, tmp_path, monkeypatch, cap
     exec(code, {"predict": lambda ids: np.stack([0.2 + 0.6 * truth[i] for i in ids.tolist()])})
     evaluate.main(["other.npz"])
     assert "macro AUROC 1.0000" in capsys.readouterr().out
+
+
+def test_the_readmes_way_to_use_the_network(demo_set, tmp_path, monkeypatch):
+    code = re.search(r"```python\n(import torch, model\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    founder = network.ecgfounder(150)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"state_dict": founder.state_dict()}, tmp_path / "checkpoints" / "12_lead_ECGFounder.pth")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("path/to/record", str(demo_set / "records500/00000/00001_hr")), found := {})
+    assert found["logits"].shape == (1, 5) and found["features"].shape == (1, 1024)
+    with torch.inference_mode():
+        torch.testing.assert_close(found["features"], founder.eval().forward_features(found["x"]))
 
 
 def test_the_readmes_commands_are_understood(tmp_path, monkeypatch):

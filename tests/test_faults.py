@@ -137,7 +137,7 @@ def check_what_is_left(out, undisturbed):
         assert lines == history(undisturbed)[:len(lines)]
 
 
-PHASES = {  # of a run with two batches of features and two steps an epoch, by the passes so far: was the network in training?
+PHASES = {  # of a run with two batches of features and three steps an epoch, by the passes so far: was the network in training?
     "features": lambda passes: passes == [False],
     "the first step": lambda passes: sum(passes) == 1,
     "a later epoch": lambda passes: sum(passes) == 4,

@@ -426,6 +426,9 @@ def run(args):
     data.build_cache(args.data, args.preprocess, skip_unreadable=args.skip_unreadable)  # may take longer than ranks wait for each other
     with data.locked(out, OUTPUTS, "another process is training there; wait for it, or give another --out") if rank == 0 else nullcontext():
         if world > 1:
+            # DDP imports this too, but where a group exists already, its default arguments keep that group alive, and a
+            # thread of Gloo's that lets go of a tensor while the interpreter goes down aborts the process.
+            import torch.distributed.nn  # noqa: F401
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
             train(args, device, rank, world)

@@ -425,8 +425,8 @@ def test_the_gradient_norm_is_clipped():
 
 # --------------------------------------------------------------------------------------------------------- several devices
 
-def torchrun(n, demo, out, *more):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(TESTS / "tiny.py"), "post_train.py",
+def torchrun(n, demo, out, *more, script=TESTS / "tiny.py"):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(script), "post_train.py",
                *arguments(demo, out, "--drop-path", "0", "--dropout", "0", "--batch-size", "12", *more)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -441,6 +441,28 @@ def test_two_processes_equal_one(demo_set, tmp_path):
         assert a.keys() == b.keys() and all(x == y or x == pytest.approx(y, abs=1e-5) for x, y in zip(a.values(), b.values()))
     for key, value in weights(tmp_path / "one").items():
         torch.testing.assert_close(value, weights(tmp_path / "two")[key], atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_no_thread_of_a_process_group_outlives_the_run(demo_set, tmp_path):
+    """Such a thread may still hold a tensor while the interpreter goes down, which aborts the process (pytorch/pytorch#179291)."""
+    script = tmp_path / "threads.py"
+    script.write_text(f"""import os, runpy, sys
+import torch.distributed as dist
+def threads():
+    return sorted(open(f"/proc/self/task/{{i}}/comm").read().strip() for i in os.listdir("/proc/self/task"))
+destroy = dist.destroy_process_group
+def counting():
+    before = threads()
+    destroy()
+    print("gloo threads:", *(sum("gloo" in name for name in names) for names in (before, threads())), flush=True)
+dist.destroy_process_group = counting
+sys.path.insert(0, {str(TESTS)!r})
+sys.argv[0] = {str(TESTS / "tiny.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    counts = [line.split()[2:] for line in torchrun(2, demo_set, tmp_path / "run", script=script).splitlines() if line.startswith("gloo threads:")]
+    assert len(counts) == 2 and all(int(before) >= 1 and int(after) == 0 for before, after in counts)
 
 
 # ------------------------------------------------------------------------------------------------------------ the options

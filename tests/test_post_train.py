@@ -447,22 +447,34 @@ def test_two_processes_equal_one(demo_set, tmp_path):
 def test_no_thread_of_a_process_group_outlives_the_run(demo_set, tmp_path):
     """Such a thread may still hold a tensor while the interpreter goes down, which aborts the process (pytorch/pytorch#179291)."""
     script = tmp_path / "threads.py"
-    script.write_text(f"""import os, runpy, sys
+    script.write_text(f"""import os, runpy, sys, time
 import torch.distributed as dist
-def threads():
-    return sorted(open(f"/proc/self/task/{{i}}/comm").read().strip() for i in os.listdir("/proc/self/task"))
+def gloo_threads():
+    count = 0
+    for i in os.listdir("/proc/self/task"):
+        try:
+            count += "gloo" in open(f"/proc/self/task/{{i}}/comm").read()
+        except OSError:
+            pass  # ended meanwhile
+    return count
 destroy = dist.destroy_process_group
 def counting():
-    before = threads()
+    before = gloo_threads()
     destroy()
-    print("gloo threads:", *(sum("gloo" in name for name in names) for names in (before, threads())), flush=True)
+    deadline = time.monotonic() + 5  # the kernel lists a joined thread a moment longer
+    while gloo_threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with open({str(tmp_path)!r} + "/gloo" + os.environ["RANK"], "w") as f:
+        print(before, gloo_threads(), file=f)
 dist.destroy_process_group = counting
 sys.path.insert(0, {str(TESTS)!r})
 sys.argv[0] = {str(TESTS / "tiny.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
-    counts = [line.split()[2:] for line in torchrun(2, demo_set, tmp_path / "run", script=script).splitlines() if line.startswith("gloo threads:")]
-    assert len(counts) == 2 and all(int(before) >= 1 and int(after) == 0 for before, after in counts)
+    torchrun(2, demo_set, tmp_path / "run", script=script)
+    for rank in range(2):
+        before, after = (tmp_path / f"gloo{rank}").read_text().split()
+        assert int(before) >= 1 and int(after) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ the options

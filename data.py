@@ -39,7 +39,7 @@ PREPROCESSING = ("filter", "zscore", "raw")
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
 MAX_MILLIVOLTS = 1e4  # an ECG has about 1; resampling may overshoot, and the largest float16 is 65504
 BASELINE_WINDOW = 201  # samples of the running median, 0.4 s
-LAYOUT = 1          # of the cache; another number than the file's means: build it again
+LAYOUT = 2          # of the cache; another number than the file's means: build it again
 CHUNK = 32          # records between two marks of progress
 URL = ("https://physionet.org/static/published-projects/ptb-xl/"
        "ptb-xl-a-large-publicly-available-electrocardiography-dataset-1.0.3.zip")
@@ -205,13 +205,25 @@ def read_record(path):
     return (signal[:, rows] * scale).T.astype(np.float32), fs
 
 
+def fill_gaps(lead):
+    """One lead (n,) with its missing samples (NaN) interpolated: linearly, by the nearest value at the ends, else by 0."""
+    missing = np.isnan(lead)
+    if not missing.any():
+        return lead
+    if missing.all():
+        return np.zeros_like(lead)
+    time = np.arange(len(lead))
+    return np.interp(time, time[~missing], lead[~missing])
+
+
 def preprocess(signal, fs, how="filter"):
     """(12, n) in millivolts at `fs` Hz -> float32 (12, 5000): 10 s at 500 Hz, shorter records zero-padded at the end.
 
     how: "filter" (as ECGFounder was trained: zero-phase 50 Hz notch, Q 30; zero-phase Butterworth band-pass of order 4,
     0.67-40 Hz; running median of 0.4 s subtracted; z-score over all leads at once), "zscore" (the last step alone) or
-    "raw" (millivolts). Resampling, cutting and replacing missing samples (NaN) by 0 come first. Normalised flat records
-    are zeros. Raises InputError for a record that is no ECG: wrong shape, too short to filter, infinite or huge samples.
+    "raw" (millivolts). Missing samples (NaN) are interpolated, other rates resampled and the rest is cut off first.
+    Normalised flat records are zeros. Raises InputError for a record that is no ECG: wrong shape, too short to filter,
+    infinite or huge samples.
     """
     from scipy import ndimage, signal as dsp
     x = np.asarray(signal)
@@ -221,12 +233,14 @@ def preprocess(signal, fs, how="filter"):
     x = x[:, :math.ceil(11 * min(fs, MAX_FS))].astype(np.float64)  # 10 s, and one more for the filter that resamples
     if not np.abs(np.nan_to_num(x, posinf=np.inf, neginf=-np.inf)).max() <= MAX_MILLIVOLTS:
         raise InputError(f"holds infinite samples or such beyond {MAX_MILLIVOLTS:g} mV; wanted an ECG in millivolts")
+    x = np.stack([fill_gaps(lead) for lead in x])
     if fs != FS:
         if not MIN_FS <= fs <= MAX_FS:
             raise InputError(f"a sampling rate of {fs} Hz; wanted {MIN_FS} to {MAX_FS} Hz")
         ratio = Fraction(FS / fs).limit_denominator(1000)
-        x = dsp.resample_poly(x, ratio.numerator, ratio.denominator, axis=1)
-    x = np.nan_to_num(x[:, :SAMPLES], nan=0.0)
+        # Beyond its ends a lead goes on along the line between its first and last sample: zeros there would be a step.
+        x = dsp.resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype="line")
+    x = x[:, :SAMPLES]
     if how == "filter":
         if x.shape[1] < BASELINE_WINDOW:
             raise InputError(f"is {x.shape[1] / FS:g} s long; wanted at least {BASELINE_WINDOW / FS:g} s to filter it")
@@ -391,7 +405,10 @@ def locked(folder, names, busy=None):
 
     Temporary files of these names, which a killed process may have left, are removed.
     """
-    import fcntl
+    try:
+        import fcntl
+    except ImportError:
+        raise InputError("this system has no file locks for Python (fcntl); wanted Linux or macOS, on Windows inside WSL") from None
     with open(Path(folder, ".lock"), "w") as lock:  # a file, open for writing, as network file systems want it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if busy else fcntl.LOCK_EX)

@@ -231,16 +231,23 @@ def table(result):
 def infer(function, signals, rows, device, batch_size=64, amp=None):
     """`function` of every batch of `signals[rows]` without gradients -> float32 (n, ...) on the CPU.
 
-    signals: see data.batches. amp: None for float32, or the dtype of autocast.
+    signals: see data.batches. amp: None for float32, or the dtype of autocast. Where a GPU's memory is too small for a
+    batch, smaller ones are tried.
     """
     parts = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-    with torch.inference_mode(), torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
-        outputs = [function(x).float() for x in data.batches(signals, parts, device)]
-    return torch.cat(outputs).cpu().numpy()
+    try:
+        with torch.inference_mode(), torch.autocast(torch.device(device).type, amp, enabled=amp is not None):
+            outputs = [function(x).float() for x in data.batches(signals, parts, device)]
+        return torch.cat(outputs).cpu().numpy()
+    except torch.OutOfMemoryError:
+        if batch_size == 1:
+            raise
+    return infer(function, signals, rows, device, batch_size // 2, amp)  # out here the failed batch is freed
 
 
 def probabilities(logits):
-    return torch.sigmoid(torch.from_numpy(logits)).numpy()
+    """Logits -> probabilities in float64: float32's sigmoid makes all logits above 17 equal."""
+    return torch.sigmoid(torch.from_numpy(logits).double()).numpy()
 
 
 def pick_device(name):
@@ -529,7 +536,7 @@ def main(argv=None):
         sys.stderr.write(f"evaluate.py: {data.line_of(error)}\n")
         sys.exit(2)
     except torch.OutOfMemoryError:
-        sys.stderr.write(f"evaluate.py: the GPU's memory is too small for {args.batch_size} ECGs; try --batch-size {max(1, args.batch_size // 2)}\n")
+        sys.stderr.write("evaluate.py: the GPU's memory is too small for one ECG; end what else runs there, or try --device cpu\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("evaluate.py: interrupted; nothing is half written\n")

@@ -45,12 +45,16 @@ class LongConv1d(torch.autograd.Function):
     oneDNN has fast code for weight gradients of kernels up to 14 samples and a slow general one beyond. A weight's gradient
     does not depend on the other weights, so the two halves of the kernel are differentiated one after the other.
     """
+    generate_vmap_rule = True  # for per-sample gradients by torch.func
 
     @staticmethod
-    def forward(ctx, x, weight, bias, stride, groups):
-        ctx.save_for_backward(x, weight)
-        ctx.stride, ctx.groups = stride, groups
+    def forward(x, weight, bias, stride, groups):
         return F.conv1d(x, weight, bias, stride, groups=groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, ctx.stride, ctx.groups = inputs
+        ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
@@ -59,7 +63,8 @@ class LongConv1d(torch.autograd.Function):
         span = (grad.shape[-1] - 1) * ctx.stride + half  # samples that one half of the kernel sees
 
         def gradients(x, weight, *wanted):
-            return torch.ops.aten.convolution_backward(grad, x, weight, [channels], [ctx.stride], [0], [1], False, [0], ctx.groups, wanted)
+            return torch.ops.aten.convolution_backward(
+                grad, x, weight, [channels], [ctx.stride], [0], [1], False, [0], ctx.groups, wanted)
 
         grad_x = gradients(x, weight, True, False, False)[0] if ctx.needs_input_grad[0] else None
         _, first, grad_bias = gradients(x[..., :span], weight[..., :half], False, True, True)
@@ -70,8 +75,8 @@ class LongConv1d(torch.autograd.Function):
 class SameConv1d(nn.Module):
     """1-D convolution with "SAME" padding: (B, C, T) -> (B, out_channels, ceil(T / stride)).
 
-    The zeros are split p // 2 on the left and the rest on the right. Where both sides are equal, or (at stride 1) one zero
-    more on the left can be cut off the result, the convolution pads by itself: no padded copy of the input is made.
+    The zeros are split p // 2 on the left and the rest on the right. They are added by hand: in bfloat16 oneDNN computes
+    some convolutions that pad by themselves wrongly on CPUs with AMX (pytorch/pytorch#169688).
     """
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1):
@@ -82,15 +87,13 @@ class SameConv1d(nn.Module):
         conv, n = self.conv, x.shape[-1]
         stride, groups, kernel = conv.stride[0], conv.groups, conv.kernel_size[0]
         pad = max(0, (math.ceil(n / stride) - 1) * stride + kernel - n)
-        left, right = pad // 2, pad - pad // 2
-        if kernel > 14 and kernel % 2 == 0 and x.device.type == "cpu" and torch.is_grad_enabled():
+        if pad:
+            x = F.pad(x, (pad // 2, pad - pad // 2))
+        long = kernel > 14 and kernel % 2 == 0 and x.device.type == "cpu"
+        if long and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-            return LongConv1d.apply(F.pad(x, (left, right)).to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), stride, groups)
-        if left == right:
-            return F.conv1d(x, conv.weight, conv.bias, stride, left, groups=groups)
-        if stride == 1:
-            return F.conv1d(x, conv.weight, conv.bias, stride, right, groups=groups)[..., 1:]
-        return F.conv1d(F.pad(x, (left, right)), conv.weight, conv.bias, stride, groups=groups)
+            return LongConv1d.apply(x.to(dtype), conv.weight.to(dtype), conv.bias.to(dtype), stride, groups)
+        return F.conv1d(x, conv.weight, conv.bias, stride, groups=groups)
 
 
 class Block(nn.Module):
@@ -126,14 +129,16 @@ class Block(nn.Module):
         if self.stride == 2:                        # zero-pad an odd length by one, then the maximum of each pair
             x = F.pad(x, (0, 1)) if x.shape[-1] % 2 else x
             a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-            x = torch.where(a >= b, a, b)           # as max-pooling, with the cheaper gradient
+            x = torch.where((a >= b) | a.isnan(), a, b)  # as max-pooling, with the cheaper gradient
         if self.grow:                               # new channels: zeros before and behind
             x = F.pad(x, (0, 0, self.grow // 2, self.grow - self.grow // 2))
         return x
 
     def forward(self, x):
+        if not self.training or not self.drop_path:
+            return self.branch(x).add_(self.shortcut(x))
         batch_size, kept = len(x), self.kept(len(x))
-        if not self.training or kept == batch_size:
+        if kept == batch_size:
             return self.branch(x).add_(self.shortcut(x))
         index = torch.randperm(batch_size, device=x.device)[:kept]
         branch = self.branch(x.index_select(0, index), batch_size / kept)
@@ -183,8 +188,9 @@ class ECGFounder(nn.Module):
         return x.mean(-1)
 
     def head(self, features):
-        """Features (B, 1024) -> logits (B, n_classes)."""
-        return self.dense(self.dropout(features))
+        """Features (B, 1024) -> logits (B, n_classes), under autocast too in full precision: coarser logits tie."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.dense(self.dropout(features.to(self.dense.weight.dtype)))
 
     def forward(self, x):
         return self.head(self.forward_features(x))

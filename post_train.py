@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -25,6 +24,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  DDP imports it later; where a group exists by then, its default arguments keep that alive
 import torch.nn.functional as F
 
 import data
@@ -190,10 +190,24 @@ def on_device(split, device):
 
 
 def peak_memory_mb(device):
-    """On a GPU the epoch's peak of allocated memory; on a CPU the process's so far (Linux counts it in kB)."""
+    """On a GPU the epoch's peak of allocated memory; on a CPU the process's so far (Linux counts it in kB, macOS in bytes)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def check_precision(model, split, device, amp):
+    """Raise InputError where `model` (in eval mode) gives other features of a few ECGs with autocast to `amp` than in float32.
+
+    Some libraries compute single operations wrongly in low precision on some processors. Right ones differ by 1 to 3 %.
+    """
+    rows = split.rows[:4]
+    exact, coarse = (evaluate.infer(model.forward_features, split.array, rows, device, amp=dtype) for dtype in (None, amp))
+    error, size = np.linalg.norm(coarse - exact), np.linalg.norm(exact)
+    if not error <= 0.1 * size:
+        raise InputError(f"this machine computes the network wrongly in {str(amp).removeprefix('torch.')}: the features of {len(rows)} ECGs "
+                         f"are off by {100 * error / size:.0f} % from float32's; give --amp off")
 
 
 def validate(function, split, device, amp):
@@ -225,10 +239,14 @@ def train(args, device, rank=0, world=1):
         if other := [key for key, value in about.items() if last.get(key) != value]:
             raise InputError(f"{out}/last.pt was begun with other {other[0]} than {args.data} has; give the same --data, or another --out")
         network.load_state(model, last["state_dict"], out / "last.pt", head=True)
+        if rank == 0:
+            save_if_best(out, last, stages_of(args))  # the run may have ended between the two files
         say(f"going on after {last['stage']} epoch {last['epoch']}")
     elif args.weights != "none":
         network.load_pretrained(model, args.weights)
     model.to(device)
+    if amp:
+        check_precision(model.eval(), train_split, device, amp)
     history = last["history"] if last else []
     if rank == 0:
         write_history(out, history)
@@ -280,9 +298,8 @@ def train(args, device, rank=0, world=1):
                             "ecgs_per_second": len(index) * batch_size / training_seconds, "peak_memory_mb": peak_memory_mb(device)})
             if rank == 0:
                 checkpoint = make_checkpoint(args, model, about, history)
-                if best_epoch(history, stages_of(args)) == len(history) - 1:
-                    save(out / "best.pt", checkpoint)
                 save(out / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+                save_if_best(out, checkpoint, stages_of(args))
                 write_history(out, history)
             say(epoch_line(history[-1], stage.epochs, skipped), flush=True)
 
@@ -307,6 +324,13 @@ def best_epoch(history, stages):
     name = "finetune" if stages[1].epochs else "probe"
     lines = [i for i, line in enumerate(history) if line["stage"] == name]
     return max(lines, key=lambda i: -1.0 if history[i]["macro_auroc"] is None else history[i]["macro_auroc"], default=None)
+
+
+def save_if_best(out, checkpoint, stages):
+    """Write best.pt where the checkpoint's last epoch is its best: after last.pt, so that this always names best.pt's epoch."""
+    history = checkpoint["history"]
+    if best_epoch(history, stages) == len(history) - 1:
+        save(out / "best.pt", {key: value for key, value in checkpoint.items() if key not in ("optimizer", "scaler")})
 
 
 def make_checkpoint(args, model, about, history):
@@ -426,9 +450,6 @@ def run(args):
     data.build_cache(args.data, args.preprocess, skip_unreadable=args.skip_unreadable)  # may take longer than ranks wait for each other
     with data.locked(out, OUTPUTS, "another process is training there; wait for it, or give another --out") if rank == 0 else nullcontext():
         if world > 1:
-            # DDP imports this too, but where a group exists already, its default arguments keep that group alive, and a
-            # thread of Gloo's that lets go of a tensor while the interpreter goes down aborts the process.
-            import torch.distributed.nn  # noqa: F401
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
             train(args, device, rank, world)
@@ -457,7 +478,7 @@ def main(argv=None):
     except NonFinite as error:
         status, message = 1, f"{error}; last.pt keeps the last good epoch; --amp bf16 or off, or a lower --lr, with another --out may mend it"
     except torch.OutOfMemoryError:
-        status, message = 1, f"the GPU's memory is too small for a batch of {args.batch_size}; --batch-size {max(1, args.batch_size // 2)} may fit, with another --out if there is a last.pt"
+        status, message = 1, f"the GPU's memory is too small to train on a batch of {args.batch_size}; --batch-size {max(1, args.batch_size // 2)} may fit, with another --out if there is a last.pt"
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         status, message = 128 + number, f"stopped; the same command with --resume goes on after the last finished epoch ({args.out}/last.pt)"

@@ -30,7 +30,7 @@ def fold_of(row, name, listed):
     if name == "folds8-10":
         return fold if fold >= 8 else None
     if name == "folds1-7":
-        odd = int(float(row["patient_id"])) % 2
+        odd = int(float(row["patient_id"] or row["ecg_id"])) % 2
         return {7: 9 if odd else 10, 8: None, 9: None, 10: None}.get(fold, fold)
     return listed.get(row["ecg_id"])
 

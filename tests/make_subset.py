@@ -1,7 +1,7 @@
 """Make the sets of the experiments out of a full PTB-XL 1.0.3, as folders of links to its signals.
 
-    python tests/make_subset.py ptbxl folds1-7 ptbxl-pretrain      # 15,249 records to pretrain a backbone on
-    python tests/make_subset.py ptbxl folds8-10 ptbxl-target       # 6,550 records to post-train it on: a tenth to train
+    python tests/make_subset.py ptbxl folds1-7 ptbxl-pretrain      # 15,245 records to pretrain a backbone on
+    python tests/make_subset.py ptbxl folds8-10 ptbxl-target       # 6,554 records to post-train it on: a tenth to train
 
 folds8-10 trains on PTB-XL's fold 8, validates on 9 and tests on 10. folds1-7 trains on 1 to 6; of fold 7 the patients with
 an odd number validate and the others test, as folds 9 and 10 of the set. PTB-XL's folds share no patient, nor do the sets.

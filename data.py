@@ -558,7 +558,7 @@ def batches(signals, rows, device="cpu"):
     import torch
     if isinstance(signals, torch.Tensor):
         for index in rows:
-            yield signals[torch.as_tensor(index, device=signals.device)].float()
+            yield signals.index_select(0, torch.as_tensor(index, device=signals.device)).float()
         return
 
     def load(index):

@@ -140,7 +140,7 @@ class Block(nn.Module):
         batch_size, kept = len(x), self.kept(len(x))
         if kept == batch_size:
             return self.branch(x).add_(self.shortcut(x))
-        index = torch.randperm(batch_size, device=x.device)[:kept]
+        index = torch.randperm(batch_size, device=x.device).narrow(0, 0, kept)
         branch = self.branch(x.index_select(0, index), batch_size / kept)
         shortcut = self.shortcut(x)
         return shortcut.index_add(0, index, branch) if shortcut is x else shortcut.index_add_(0, index, branch)

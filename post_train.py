@@ -134,7 +134,8 @@ def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None
             group["lr"] = rates[step]
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = net(x)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), split.y[torch.as_tensor(index[step], device=device)])
+        y = split.y.index_select(0, torch.as_tensor(index[step], device=device))
+        loss = F.binary_cross_entropy_with_logits(logits.float(), y)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf))
@@ -144,7 +145,7 @@ def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    skipped = int((~torch.stack(norms).isfinite()).sum())
+    skipped = int(torch.stack(norms).isfinite().logical_not().sum())
     return float(across_ranks(torch.stack(losses).mean())), skipped
 
 
@@ -183,10 +184,8 @@ def on_device(split, device):
     signals, rows, _ = split
     if device.type != "cuda" or len(rows) * signals[0].nbytes > 0.25 * torch.cuda.mem_get_info(device)[0]:
         return split
-    resident = torch.empty((len(rows), *signals.shape[1:]), dtype=torch.float16, device=device)
-    for i in range(0, len(rows), 256):
-        resident[i:i + 256] = torch.from_numpy(signals[rows[i:i + 256]]).to(device)
-    return split._replace(array=resident, rows=np.arange(len(rows)))
+    parts = [torch.from_numpy(signals[rows[i:i + 256]]).to(device) for i in range(0, len(rows), 256)]
+    return split._replace(array=torch.cat(parts), rows=np.arange(len(rows)))
 
 
 def peak_memory_mb(device):
@@ -453,6 +452,10 @@ def run(args):
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
             train(args, device, rank, world)
+            if world > 1:
+                # While a rank waits here, Gloo's threads let go of the last tensors. Up to torch 2.7 they cannot do so
+                # during destroy_process_group, which waits for them and holds Python's lock (pytorch/pytorch#154976).
+                dist.barrier()
         finally:
             if world > 1:
                 dist.destroy_process_group()

@@ -174,13 +174,54 @@ def test_other_rates_are_resampled(fs):
     np.testing.assert_allclose(got[:, 200:-200], tone(500)[:, 200:4800], atol=0.01)
 
 
+@pytest.mark.parametrize("fs", [100, 250, 257, 360, 1000])
+@pytest.mark.parametrize("shape", [np.ones_like, lambda t: 1 + t / 10])
+def test_offsets_and_drifts_keep_their_ends(fs, shape):
+    got = data.preprocess(np.tile(2 * shape(np.arange(10 * fs) / fs), (12, 1)), fs, "raw")
+    want = np.tile(2 * shape(np.arange(5000) / 500), (12, 1))
+    np.testing.assert_allclose(got[:, :-10], want[:, :-10], rtol=2e-3)
+    np.testing.assert_allclose(got[:, -10:], want[:, -10:], rtol=5e-3)
+
+
+@pytest.fixture(scope="module")
+def real_signals(real):
+    paths = sorted(real.glob("records500/*/*.hea"))[::70][:40]
+    return [data.read_record(path.with_suffix(""))[0].astype(float) for path in paths]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("fs", [100, 250, 257, 360, 1000])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_records_of_other_rates_are_the_same_ecg(real_signals, fs, offset):
+    assert len(real_signals) == 40
+    for signal in real_signals:
+        other = scipy.signal.resample_poly(signal, fs, 500, axis=1, padtype="line")
+        got, want = data.preprocess(other + offset, fs), data.preprocess(signal, 500)
+        assert np.corrcoef(got.ravel(), want.ravel())[0, 1] > 0.999
+        assert np.abs(got - want)[:, -250:].max() < 0.3
+
+
+@pytest.mark.real
+def test_a_gap_changes_nothing_else(real_signals):
+    """20 ms without samples where the lead is quiet, on a lead far from zero."""
+    for signal in real_signals:
+        signal = signal + 1
+        steps = np.abs(np.diff(signal[4, 500:4500]))
+        start = 500 + int(np.convolve(steps, np.ones(30), "valid").argmin()) + 10
+        holes = signal.copy()
+        holes[4, start:start + 10] = np.nan
+        change = np.abs(data.preprocess(holes, 500) - data.preprocess(signal, 500))
+        change[4, start:start + 10] = 0
+        assert change.max() < 0.02
+
+
 @pytest.mark.parametrize("fs, up, down", [(50, 10, 1), (257, 500, 257), (500, 1, 1), (1000, 1, 2), (5000, 1, 10)])
 def test_only_the_first_ten_seconds_count(fs, up, down):
     """Of half a minute: what the whole of it, resampled, begins with; whatever comes later."""
     x = np.random.default_rng(0).standard_normal((12, 30 * fs)).cumsum(1) / 10
-    want = scipy.signal.resample_poly(x, up, down, axis=1)[:, :5000]
+    want = scipy.signal.resample_poly(x, up, down, axis=1, padtype="line")[:, :5000]
     x[4, 20 * fs] = 1e6
-    np.testing.assert_allclose(data.preprocess(x, fs, "raw"), want, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(data.preprocess(x, fs, "raw"), want, rtol=1e-2, atol=1e-2)
 
 
 def test_long_is_cut_and_short_is_padded_after_the_filter():
@@ -193,12 +234,18 @@ def test_long_is_cut_and_short_is_padded_after_the_filter():
             assert abs(short[:, :3000].mean()) < 1e-5 and abs(short[:, :3000].std() - 1) < 1e-4
 
 
-def test_missing_samples_become_zero_and_flat_records_zeros():
+def test_missing_samples_are_interpolated_and_flat_records_zeros():
+    nan = np.nan
+    leads = np.tile([[1.0, nan, nan, 4.0], [nan, 2.0, 2.5, nan], [nan] * 4, [0, 1, 2, 3]], (3, 1))
+    want = np.tile([[1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 2.5, 2.5], [0.0] * 4, [0, 1, 2, 3]], (3, 1))
+    assert np.array_equal(data.preprocess(leads, 500, "raw")[:, :4], want)
+    one = np.full((12, 10000), 1.5)
+    one[:, 3000] = nan
+    assert np.array_equal(data.preprocess(one, 1000, "raw"), np.full((12, 5000), 1.5, np.float32))
     holes = SIGNAL.copy()
-    holes[3, 100:200] = np.nan
-    assert np.array_equal(data.preprocess(holes, 500, "raw"), np.nan_to_num(holes).astype(np.float32))
+    holes[3, 100:200] = nan
     assert np.isfinite(data.preprocess(holes, 500)).all()
-    for flat in (np.zeros((12, 5000)), np.full((12, 5000), 1.5), np.full((12, 5000), np.nan)):
+    for flat in (np.zeros((12, 5000)), np.full((12, 5000), 1.5), np.full((12, 5000), nan)):
         assert (data.preprocess(flat, 500) == 0).all() and (data.preprocess(flat, 500, "zscore") == 0).all()
 
 

@@ -1,4 +1,5 @@
 """The network against the published figures and an independent plain version; stochastic depth; checkpoints."""
+import copy
 import os
 import shutil
 import subprocess
@@ -137,6 +138,121 @@ def test_dropout_acts_on_the_pooled_features_alone():
 def test_bad_arguments(arguments):
     with pytest.raises(ValueError, match="wanted"):
         network.ecgfounder(4, **arguments)
+
+
+def bf16_error(function, x):
+    """Relative error of `function` under bf16 autocast against float32."""
+    with torch.autocast("cpu", enabled=False):
+        exact = function(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = function(x).detach().float()
+    return ((coarse - exact).norm() / exact.norm()).item()
+
+
+def weight_gradient(module, x):
+    return torch.autograd.grad(module(x).sum(), module.conv.weight)[0]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_convolution_is_right_in_bf16(training):
+    """Some CPUs' bf16 kernels are wrong for some convolutions that pad by themselves (pytorch/pytorch#169688)."""
+    torch.manual_seed(0)
+    model, x = network.ecgfounder(5).train(training), torch.randn(3, 12, 5000)
+    shapes = {}
+
+    def note(module, inputs, output):
+        shapes[module] = inputs[0].shape
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, network.SameConv1d)]
+    with torch.set_grad_enabled(training):
+        model(x)
+        for hook in hooks:
+            hook.remove()
+        assert len(shapes) == 61
+        for module, shape in shapes.items():
+            x = torch.randn(shape)
+            assert bf16_error(module, x) < 0.02, module
+            if training:
+                assert bf16_error(lambda x: weight_gradient(module, x), x) < 0.02, module
+        x = torch.randn(3, 12, 5000)
+        assert bf16_error(model.forward_features, x) < 0.02
+        assert bf16_error(model, x) < 0.02
+
+
+def test_the_head_is_exact_under_autocast():
+    """Coarser logits tie, which moves the ranks of rare classes."""
+    model, features = network.ecgfounder(5).eval(), torch.randn(4, 1024).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.head(features)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, model.dense(features.float()))
+    assert model.double().head(features).dtype == torch.float64
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_pooling_keeps_a_nan_and_the_maximum(place):
+    block = network.Block(16, 16, 2, 0.0, True)
+    x = torch.randn(2, 16, 4)
+    torch.testing.assert_close(block.shortcut(x), torch.nn.functional.max_pool1d(x, 2))
+    x[1, 5, place] = torch.nan
+    got = block.shortcut(x).isnan()
+    assert got.sum() == 1 and got[1, 5, place // 2]
+
+
+# --------------------------------------------------------------------------------------------------- in others' projects
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    return network.ecgfounder(5, drop_path=0.5, dropout=0.05).eval(), torch.randn(3, 12, 320)
+
+
+BATCH = {0: torch.export.Dim("batch")}
+
+
+def test_export(small):
+    model, x = small
+    program = torch.export.export(model, (x,), dynamic_shapes=(BATCH,))
+    for n in (1, 3, 7):
+        more = torch.randn(n, 12, 320)
+        torch.testing.assert_close(program.module()(more), model(more))
+
+
+def test_onnx(small, tmp_path):
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    runtime = pytest.importorskip("onnxruntime")
+    model, x = small
+    path = str(tmp_path / "model.onnx")
+    torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=(BATCH,), input_names=["signals"])
+    session = runtime.InferenceSession(path)
+    for n in (1, 7):
+        more = torch.randn(n, 12, 320)
+        logits = session.run(None, {"signals": more.numpy()})[0]
+        np.testing.assert_allclose(logits, model(more).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_of_each_sample():
+    """torch.func's grad under vmap against one backward a sample."""
+    torch.manual_seed(0)
+    model, x, y = network.ecgfounder(5).train(), torch.randn(3, 12, 320), torch.rand(3, 5).round()
+    loss_of = torch.nn.functional.binary_cross_entropy_with_logits
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, x, y):
+        return loss_of(torch.func.functional_call(model, parameters, (x[None],)), y[None])
+
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, x, y)
+    for i in range(3):
+        alone = torch.autograd.grad(loss_of(model(x[i:i + 1]), y[i:i + 1]), list(model.parameters()))
+        for (name, got), want in zip(together.items(), alone):
+            assert (got[i] - want).norm() <= 1e-4 * want.norm() + 1e-8, name
+
+
+def test_deepcopy(small):
+    model, x = small
+    again = copy.deepcopy(model)
+    assert torch.equal(again(x), model(x)) and again.dense.weight is not model.dense.weight
 
 
 # ------------------------------------------------------------------------------------------------------- stochastic depth

@@ -1,0 +1,161 @@
+"""The CUDA road on a machine without a GPU: fake tensors on "cuda:1" show crashes, wrong devices and wrong types.
+
+Fake tensors know shapes, types and devices and hold no numbers. PyTorch's CPU build has no backward for them, so gradients
+are set by hand here; what needs real kernels stands in test_gpu.py.
+"""
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses import fake_tensor
+
+import data
+import evaluate
+import model as network
+import post_train
+
+DEVICE = torch.device("cuda", 1)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """A machine that says to have two GPUs -> list of those that were made the current one."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (80e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+@pytest.fixture
+def fake(two_gpus, monkeypatch):
+    """Tensors may be made on DEVICE; what would read their numbers gets zeros."""
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *a: None, raising=False)
+    for name, zero in (("__float__", 0.0), ("__int__", 0), ("item", 0.0)):
+        monkeypatch.setattr(torch.Tensor, name, lambda self, zero=zero: zero, raising=False)
+    monkeypatch.setattr(post_train, "check_finite", lambda *a: None)
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def on_fake_device(model):
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            there = torch.empty(p.shape, device=DEVICE)
+            module._parameters[name] = torch.nn.Parameter(there, requires_grad=False)
+    return model
+
+
+def outputs_of(model):
+    """Filled as the model runs: (name of the module, device and type of its output)."""
+    seen = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda m, i, out, name=name: seen.append((name, out.device, out.dtype)))
+    return seen
+
+
+@pytest.mark.parametrize("amp", [torch.float16, torch.bfloat16, None])
+def test_an_epoch(fake, monkeypatch, amp):
+    model = on_fake_device(network.ecgfounder(12, drop_path=0.5, dropout=0.05))
+    seen = outputs_of(model)
+
+    def backward(loss):
+        assert loss.device == DEVICE and loss.dtype == torch.float32
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    signals = np.zeros((9, 12, 5000), np.float16)
+    split = post_train.Split(signals, np.arange(1, 9), torch.zeros(8, 12, device=DEVICE))
+    split = post_train.on_device(split, DEVICE)
+    assert split.array.device == DEVICE and split.array.dtype == torch.float16
+    assert split.array.shape == (8, 12, 5000) and split.rows.tolist() == list(range(8))
+    stage = post_train.stages_of(post_train.parse(["--task", "all71"]))[1]
+    optimizer = post_train.make_optimizer(stage, list(model.parameters()))
+    scaler = torch.amp.GradScaler("cuda", enabled=amp == torch.float16)
+    index = [np.arange(4), np.arange(4, 8)]
+    post_train.train_epoch(model, optimizer, scaler, split, index, [1e-3] * 2, 1.0, amp)
+    assert {device for _, device, _ in seen} == {DEVICE}
+    assert {kind for name, _, kind in seen if name == "dense"} == {torch.float32}
+    assert {kind for name, _, kind in seen if "conv" in name} == {amp or torch.float32}
+    assert all(p.device == DEVICE for p in model.parameters())
+    assert all(state["exp_avg"].device == DEVICE for state in optimizer.state.values())
+
+
+def test_inference(fake, monkeypatch):
+    """What is predicted on a GPU, from pinned batches, comes back as numbers on the CPU."""
+    model = on_fake_device(network.ecgfounder(12)).eval()
+    seen, pinned = outputs_of(model), []
+    monkeypatch.setattr(data, "ThreadPoolExecutor", AtOnce)  # fake tensors live in one thread
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(len(self)) or self)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: np.zeros(self.shape, np.float32).view(Array))
+    signals = np.zeros((5, 12, 5000), np.float16)
+    got = evaluate.infer(model, signals, np.arange(5), DEVICE, 2, torch.float16)
+    assert got.shape == (5, 12) and pinned == [2, 2, 1]
+    assert {device for _, device, _ in seen} == {DEVICE}
+    assert {kind for name, _, kind in seen if name == "dense"} == {torch.float32}
+
+
+class AtOnce:
+    """A pool without threads."""
+
+    def __init__(self, workers):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *arguments):
+        result = function(*arguments)
+        return SimpleNamespace(result=lambda: result)
+
+
+class Array(np.ndarray):
+    def numpy(self):
+        return np.asarray(self)
+
+
+@pytest.mark.parametrize("argument, environment, index", [
+    (["--device", "cuda:1"], {}, 1), (["--device", "cuda"], {}, 0), ([], {}, 0),
+    ([], {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 1),
+])
+def test_a_run_takes_its_gpu(two_gpus, demo_set, tmp_path, monkeypatch, argument, environment, index):
+    """From the options to the training and to the test fold, which are left out here."""
+    class Tested(Exception):
+        pass
+
+    def predict_folds(path, folds, root, device):
+        seen.append(device)
+        raise Tested
+
+    seen, device, rank = [], torch.device("cuda", index), int(environment.get("RANK", 0))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(post_train.dist, name, lambda: None)
+    monkeypatch.setattr(post_train.dist, "init_process_group", seen.append)
+    monkeypatch.setattr(post_train, "train", lambda args, *where: seen.extend([args.amp, *where]))
+    monkeypatch.setattr(evaluate, "predict_folds", predict_folds)
+    args = post_train.parse(["--task", "rhythm12", "--weights", "none", "--data", str(demo_set),
+                             "--out", str(tmp_path / "run"), *argument])
+    with nullcontext() if rank else pytest.raises(Tested):
+        post_train.run(args)
+    assert two_gpus == [device]
+    if rank:
+        assert seen == ["nccl", "fp16", device, 1, 2]
+    else:
+        assert seen == ["fp16", device, 0, 1, device]
+
+
+def test_a_gpu_that_is_not_there(two_gpus):
+    with pytest.raises(data.InputError, match="cuda:2: this machine shows 2"):
+        evaluate.pick_device("cuda:2")

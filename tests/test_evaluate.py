@@ -171,6 +171,31 @@ def test_a_checkpoint_alone_is_enough(checkpoint, demo, tmp_path, capsys):
     assert all(name in out for name in labels.classes)
 
 
+def test_large_logits_do_not_tie():
+    logits = np.array([-30, 0, 17, 18, 25, 30], np.float32)
+    prob = evaluate.probabilities(logits)
+    assert prob.dtype == np.float64 and (np.diff(prob) > 0).all()
+    np.testing.assert_allclose(prob, 1 / (1 + np.exp(-logits.astype(float))), rtol=1e-12)
+
+
+def test_where_memory_is_short_smaller_batches_are_tried():
+    """A function that fails above five ECGs, and one that always does."""
+    tried = []
+
+    def function(x):
+        tried.append(len(x))
+        if len(x) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x.mean(-1)
+
+    signals = np.random.default_rng(0).normal(size=(40, 2, 8)).astype(np.float16)
+    got = evaluate.infer(function, signals, np.arange(3, 40), "cpu", 16)
+    np.testing.assert_allclose(got, signals[3:].astype(np.float32).mean(-1), atol=1e-6)
+    assert tried[:3] == [16, 8, 4] and sum(tried[2:]) == 37
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate.infer(lambda x: function(torch.zeros(6)), signals, np.arange(3), "cpu", 16)
+
+
 def test_folds_out_and_data(checkpoint, demo, tmp_path, capsys):
     moved = tmp_path / "elsewhere"
     shutil.move(demo, moved)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -332,6 +333,41 @@ def test_killed_at_a_moment_and_resumed(run, demo_set, undisturbed, tmp_path, mo
     assert "finished" in run.out
 
 
+def test_last_names_the_epoch_of_best_at_every_moment(run, demo, monkeypatch):
+    real, seen = post_train.save, []
+
+    def save(path, checkpoint):
+        real(path, checkpoint)
+        last = torch.load(path.with_name("last.pt"), weights_only=True)
+        if path.with_name("best.pt").exists():
+            best = torch.load(path.with_name("best.pt"), weights_only=True)
+            assert best["history"] == last["history"][:len(best["history"])]
+            assert "optimizer" not in best and "scaler" not in best
+        seen.append(path.name)
+
+    monkeypatch.setattr(post_train, "save", save)
+    run(demo)
+    assert seen[:4] == ["last.pt", "last.pt", "last.pt", "best.pt"]
+
+
+def test_a_kill_between_the_two_files_loses_no_best(run, demo_set, undisturbed, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def save(path, checkpoint):
+        if path.name == "best.pt":
+            raise Killed
+        real(path, checkpoint)
+
+    out, real = tmp_path / "run", post_train.save
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(post_train, "save", save)
+        run(demo_set, out=out)
+    assert not (out / "best.pt").exists() and weights(out)
+    run(demo_set, "--resume", out=out)
+    assert_same_run(out, undisturbed)
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals(demo_set, undisturbed, tmp_path, number, status):
     out = tmp_path / "run"
@@ -397,6 +433,49 @@ def test_a_non_finite_loss_stops_the_run(run, demo, monkeypatch, capsys):
     assert stop.value.code == 1 and "finetune epoch 1" in error and "step 1 of 3" in error and "--amp bf16" in error
     last = torch.load(out.parent / "bad" / "last.pt", weights_only=True)
     assert last["stage"] == "probe" and last["epoch"] == 2
+
+
+@pytest.mark.parametrize("amp, wrong", [("bf16", torch.bfloat16), ("bf16", None), ("off", None)])
+def test_a_machine_that_computes_wrongly_is_found_out(tiny, demo, tmp_path, monkeypatch, fails, amp, wrong):
+    """A convolution whose channels come in the wrong order in low precision, as a faulty kernel might leave them."""
+    forward = network.SameConv1d.forward
+
+    def faulty(self, x):
+        out = forward(self, x)
+        return out.flip(1) if out.dtype == wrong and self.conv.in_channels == 12 else out
+
+    monkeypatch.setattr(network.SameConv1d, "forward", faulty)
+    argv = arguments(demo, tmp_path / "run", "--amp", amp)
+    if wrong:
+        fails(post_train.main, argv, "wrongly in bfloat16", "--amp off")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    else:
+        post_train.main(argv)
+
+
+def test_features_that_are_not_finite_are_found_out(tiny, demo, tmp_path, monkeypatch, fails):
+    forward = network.ECGFounder.forward_features
+    monkeypatch.setattr(network.ECGFounder, "forward_features",
+                        lambda self, x: forward(self, x) / (not torch.is_autocast_enabled("cpu")))
+    fails(post_train.main, arguments(demo, tmp_path / "run", "--amp", "bf16"), "wrongly in bfloat16")
+
+
+def test_peak_memory_is_counted_in_the_systems_unit(monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**20))
+    for platform, megabytes in (("linux", 3 * 2**10), ("darwin", 3)):
+        monkeypatch.setattr(sys, "platform", platform)
+        assert post_train.peak_memory_mb(torch.device("cpu")) == megabytes
+
+
+def test_without_posix_modules_it_imports_and_says_what_it_lacks(demo_set, tmp_path):
+    """As on Windows."""
+    code = ("import sys; sys.modules['fcntl'] = sys.modules['resource'] = None\n"
+            "import post_train; post_train.main(sys.argv[1:])")
+    done = subprocess.run([sys.executable, "-c", code, *arguments(demo_set, tmp_path / "run")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "Linux or macOS" in done.stderr and "WSL" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_gradient_scaler_skips_and_counts_infinite_steps():

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -34,9 +35,10 @@ from data import InputError
 
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 # What a strategy sets unless an option says otherwise.
-STRATEGIES = {"post": {"probe_epochs": 30, "lr": 5e-4, "drop_path": 0.5, "dropout": 0.05},
-              "baseline": {"probe_epochs": 0, "lr": 1e-4, "drop_path": 0.0, "dropout": 0.0}}
-OUTPUTS = ("best.pt", "last.pt", "metrics.jsonl", "test.json")
+STRATEGIES = {"post": {"probe_epochs": 30, "lr": 5e-4, "layer_decay": 1.0, "drop_path": 0.5, "dropout": 0.05, "interpolate": True},
+              "baseline": {"probe_epochs": 0, "lr": 1e-4, "layer_decay": 1.0, "drop_path": 0.0, "dropout": 0.0, "interpolate": False}}
+SHARES = (0.0, 0.25, 0.5, 0.75)  # of fine-tuning in the weights between the probe's (0) and the last epoch's (1)
+OUTPUTS = ("probe.pt", "best.pt", "last.pt", "metrics.jsonl", "test.json")
 FREE_ARGUMENTS = ("resume", "out", "data", "device", "compile")  # may differ when a run goes on
 
 
@@ -49,13 +51,14 @@ class Stage(NamedTuple):
     schedule: str           # "cosine" from lr to final_lr, or "plateau" on the validation AUROC
     final_lr: float
     clip: Optional[float]   # of the gradient norm
+    layer_decay: float = 1.0  # the head trains at the learning rate, each stage of the network before it at this share of the next one's
 
 
 def stages_of(args):
     """The run as a table: what its stages are and how they differ."""
     probe = Stage("probe", args.probe_epochs, "adamw", args.probe_lr, 0.1, "cosine", 0.0, None)
-    finetune = {"post": Stage("finetune", args.epochs, "adamw", args.lr, 0.05, "cosine", 1e-5, 1.0),
-                "baseline": Stage("finetune", args.epochs, "adam", args.lr, 1e-5, "plateau", 0.0, None)}
+    finetune = {"post": Stage("finetune", args.epochs, "adamw", args.lr, 0.05, "cosine", 1e-5, 1.0, args.layer_decay),
+                "baseline": Stage("finetune", args.epochs, "adam", args.lr, 1e-5, "plateau", 0.0, None, args.layer_decay)}
     return probe, finetune[args.strategy]
 
 
@@ -100,6 +103,17 @@ def epoch_seed(seed, stage, epoch, stream=0):
     return int(np.random.SeedSequence((seed, sum(map(ord, stage)), epoch, stream)).generate_state(1)[0])
 
 
+def new_head(model, seed):
+    """Draw the head of a loaded network anew, from a stream that depends on its weights as well as on the seed.
+
+    A stream of the seed alone may be the one from which a pretraining run drew its head: the network's features would know
+    the "new" head already.
+    """
+    digest = zlib.crc32(model.first_conv.conv.weight.detach().numpy().tobytes())
+    torch.manual_seed(int(np.random.SeedSequence((seed, digest)).generate_state(1)[0]))
+    model.dense.reset_parameters()
+
+
 def epoch_batches(n, batch_size, seed, rank, world):
     """This rank's share of each batch of one epoch: strided slices of a permutation of n; the short last batch is dropped."""
     order = np.random.RandomState(seed).permutation(n)
@@ -108,11 +122,18 @@ def epoch_batches(n, batch_size, seed, rank, world):
 
 # ---------------------------------------------------------------------------------------------------------------- training
 
-def make_optimizer(stage, parameters):
-    if stage.optimizer == "adam":
-        return torch.optim.Adam(parameters, weight_decay=stage.weight_decay, fused=True)
-    groups = [{"params": [p for p in parameters if p.dim() > 1]}, {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, weight_decay=stage.weight_decay, fused=True)
+def make_optimizer(stage, layers):
+    """The optimizer of `layers`, modules in order from input to output. A group's "scale" is its share of the learning rate."""
+    groups = []
+    for depth, layer in enumerate(reversed(layers)):
+        scale, parameters = stage.layer_decay ** depth, list(layer.parameters())
+        if stage.optimizer == "adam":
+            groups.append({"params": parameters, "scale": scale})
+        else:
+            groups.append({"params": [p for p in parameters if p.dim() > 1], "scale": scale})
+            groups.append({"params": [p for p in parameters if p.dim() == 1], "scale": scale, "weight_decay": 0.0})
+    make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[stage.optimizer]
+    return make(groups, weight_decay=stage.weight_decay, fused=True)
 
 
 def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None, title=None):
@@ -131,7 +152,7 @@ def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None
     batches = data.batches(split.array, (split.rows[i] for i in index), device)
     for step, x in enumerate(tqdm(batches, title, len(index), leave=False, unit="step", disable=None if title else True)):
         for group in optimizer.param_groups:
-            group["lr"] = rates[step]
+            group["lr"] = rates[step] * group["scale"]
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = net(x)
         y = split.y.index_select(0, torch.as_tensor(index[step], device=device))
@@ -239,10 +260,11 @@ def train(args, device, rank=0, world=1):
             raise InputError(f"{out}/last.pt was begun with other {other[0]} than {args.data} has; give the same --data, or another --out")
         network.load_state(model, last["state_dict"], out / "last.pt", head=True)
         if rank == 0:
-            save_if_best(out, last, stages_of(args))  # the run may have ended between the two files
+            save_outcome(out, last, stages_of(args))  # the run may have ended before these files
         say(f"going on after {last['stage']} epoch {last['epoch']}")
     elif args.weights != "none":
         network.load_pretrained(model, args.weights)
+        new_head(model, args.seed)
     model.to(device)
     if amp:
         check_precision(model.eval(), train_split, device, amp)
@@ -267,7 +289,8 @@ def train(args, device, rank=0, world=1):
             say(f"features of {n + len(val_split.rows):,} records in {time.perf_counter() - started:.1f} s")
         else:
             splits, trained, stage_amp = (on_device(train_split, device), val_split), model, amp
-        optimizer = make_optimizer(stage, list(trained.parameters()))
+        layers = [model.first_conv, *model.stage_list, model.dense] if trained is model else [model.dense]
+        optimizer = make_optimizer(stage, layers)
         scaler = torch.amp.GradScaler(device.type, enabled=stage_amp == torch.float16)
         if finished:
             optimizer.load_state_dict(last["optimizer"])
@@ -298,9 +321,32 @@ def train(args, device, rank=0, world=1):
             if rank == 0:
                 checkpoint = make_checkpoint(args, model, about, history)
                 save(out / "last.pt", {**checkpoint, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
-                save_if_best(out, checkpoint, stages_of(args))
+                save_outcome(out, checkpoint, stages_of(args))
                 write_history(out, history)
             say(epoch_line(history[-1], stage.epochs, skipped), flush=True)
+
+    if args.interpolate and args.probe_epochs and args.epochs:
+        for line in interpolate(model, out / "probe.pt", val_split, device, amp):
+            history.append(line)
+            if rank == 0:
+                save_outcome(out, make_checkpoint(args, model, about, history), stages_of(args))
+                write_history(out, history)
+            say(f"{line['share']:.0%} of fine-tuning  val loss {line['val_loss']:.4f}  {scores_of(line)}  {line['seconds']:.1f} s", flush=True)
+
+
+def interpolate(model, probe, val_split, device, amp):
+    """Weights on the line from the probe's checkpoint to `model`, which takes them one after the other (WiSE-FT, Wortsman et al. 2022).
+
+    Yields a line of history for each: fold 9 tells whether fine-tuning took too much of the probe away.
+    """
+    start = network.read_checkpoint(probe)["state_dict"]
+    end = {key: value.clone() for key, value in model.state_dict().items()}
+    for epoch, share in enumerate(SHARES, 1):
+        started = time.perf_counter()
+        model.load_state_dict({key: torch.lerp(start[key].to(value), value, share) for key, value in end.items()})
+        loss, auroc, auprc = validate(model.eval(), val_split, device, amp)
+        yield {"stage": "interpolate", "epoch": epoch, "share": share, "val_loss": loss, "macro_auroc": auroc, "macro_auprc": auprc,
+               "seconds": time.perf_counter() - started}
 
 
 def load_splits(args, device):
@@ -319,17 +365,23 @@ def load_splits(args, device):
 
 
 def best_epoch(history, stages):
-    """Index of the first line with the best validation AUROC among the fine-tuning epochs, or the probe's with --epochs 0."""
-    name = "finetune" if stages[1].epochs else "probe"
-    lines = [i for i, line in enumerate(history) if line["stage"] == name]
+    """Index of the first line with the best validation AUROC among fine-tuning and interpolation, or the probe's with --epochs 0."""
+    names = ("finetune", "interpolate") if stages[1].epochs else ("probe",)
+    lines = [i for i, line in enumerate(history) if line["stage"] in names]
     return max(lines, key=lambda i: -1.0 if history[i]["macro_auroc"] is None else history[i]["macro_auroc"], default=None)
 
 
-def save_if_best(out, checkpoint, stages):
-    """Write best.pt where the checkpoint's last epoch is its best: after last.pt, so that this always names best.pt's epoch."""
-    history = checkpoint["history"]
+def save_outcome(out, checkpoint, stages):
+    """Write best.pt where the checkpoint's last epoch is its best, and probe.pt at the probe's end.
+
+    It comes after last.pt, so that this always names best.pt's epoch.
+    """
+    history, (probe, _) = checkpoint["history"], stages
+    checkpoint = {key: value for key, value in checkpoint.items() if key not in ("optimizer", "scaler")}
     if best_epoch(history, stages) == len(history) - 1:
-        save(out / "best.pt", {key: value for key, value in checkpoint.items() if key not in ("optimizer", "scaler")})
+        save(out / "best.pt", checkpoint)
+    if (history[-1]["stage"], history[-1]["epoch"]) == ("probe", probe.epochs):
+        save(out / "probe.pt", checkpoint)
 
 
 def make_checkpoint(args, model, about, history):
@@ -365,10 +417,13 @@ def check_arguments(args, last):
 
 
 def epoch_line(line, epochs, skipped):
-    auroc, auprc = (evaluate.show(line[f"macro_{m}"]).strip() for m in evaluate.METRICS)
     return (f"{line['stage']} {line['epoch']}/{epochs}  lr {line['lr']:.1e}  loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  "
-            f"AUROC {auroc}  AUPRC {auprc}  {line['seconds']:.1f} s  "
+            f"{scores_of(line)}  {line['seconds']:.1f} s  "
             f"{line['ecgs_per_second']:,.0f} ECGs/s{f'  {skipped} steps skipped' if skipped else ''}")
+
+
+def scores_of(line):
+    return "  ".join(f"{m.upper()} {evaluate.show(line[f'macro_{m}']).strip()}" for m in evaluate.METRICS)
 
 
 def parse(argv):
@@ -384,10 +439,13 @@ def parse(argv):
     add("--seed", type=int, default=0, help="sets initialization, fraction, order of the batches, drop path and dropout")
     add("--strategy", choices=tuple(STRATEGIES), default="post", help="post: the paper's; baseline: ECGFounder's official fine-tuning recipe")
     for name, kind, text in (("probe-epochs", int, "epochs of preview linear probing, 0: none"), ("lr", float, "learning rate of fine-tuning"),
+                             ("layer-decay", float, "each stage trains at this share of the next one's rate, 0 < d <= 1, 1: all at the same"),
                              ("drop-path", float, "share of residual branches dropped, 0 <= p < 1"), ("dropout", float, "dropout before the head")):
         key = name.replace("-", "_")
         add(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {STRATEGIES['post'][key]}, {source}; "
             f"with --strategy baseline {STRATEGIES['baseline'][key]}, the official recipe)")
+    add("--interpolate", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS,
+        help="at the end try weights between the probe's and the last epoch's too (default: with --strategy post; ours)")
     add("--epochs", type=int, default=30, help=f"epochs of fine-tuning; {source}; an official script has 30 too")
     add("--batch-size", type=int, default=256, help="over all devices; community-derived and official")
     add("--probe-lr", type=float, default=5e-3, help=f"learning rate of the probe; {source}")
@@ -412,7 +470,8 @@ def check(args):
     for key, good, wanted in (("epochs", args.epochs >= 0, "at least 0"), ("probe_epochs", args.probe_epochs >= 0, "at least 0"),
                               ("batch_size", args.batch_size >= 1, "at least 1"), ("seed", 0 <= args.seed < 2**32, "0 to 2^32 - 1"),
                               ("lr", 0 < args.lr < math.inf, "above 0"), ("probe_lr", 0 < args.probe_lr < math.inf, "above 0"),
-                              ("drop_path", 0 <= args.drop_path < 1, "0 <= p < 1"), ("dropout", 0 <= args.dropout < 1, "0 <= p < 1")):
+                              ("drop_path", 0 <= args.drop_path < 1, "0 <= p < 1"),
+                              ("layer_decay", 0 < args.layer_decay <= 1, "0 < d <= 1"), ("dropout", 0 <= args.dropout < 1, "0 <= p < 1")):
         if not good:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}; wanted {wanted}")
     if not args.epochs and not args.probe_epochs:

@@ -188,7 +188,7 @@ def probe(args, folder, n=64, epochs=30, timed=2):
 
     def train(head, inputs, count, forward):
         head.load_state_dict(start)
-        optimizer = post_train.make_optimizer(stage, list(head.parameters()))
+        optimizer = post_train.make_optimizer(stage, [head])
         scaler = torch.amp.GradScaler(enabled=False)
         for _ in range(count):
             post_train.train_epoch(forward, optimizer, scaler, post_train.Split(*inputs, y), index, [5e-3] * len(index))
@@ -255,7 +255,7 @@ def bf16(args, folder):
     for name, dtype in (("ours", torch.bfloat16), ("obvious", None)):
         net = networks(0.5)[0]
         stage = post_train.stages_of(post_train.parse(["--task", "all71"]))[1]
-        steps[name] = lambda net=net, dtype=dtype, optimizer=post_train.make_optimizer(stage, list(net.parameters())): post_train.train_epoch(
+        steps[name] = lambda net=net, dtype=dtype, optimizer=post_train.make_optimizer(stage, [net]): post_train.train_epoch(
             net, optimizer, torch.amp.GradScaler(enabled=False), post_train.Split(signals, np.arange(args.batch), y), [np.arange(args.batch)],
             [1e-6], 1.0, dtype)
         torch.manual_seed(1)
@@ -312,8 +312,8 @@ def whole(args, folder, dtype=None, n=256, timed=64):
     ours, obvious = networks(0.5)
     probe_stage, stage = post_train.stages_of(post_train.parse(["--task", "all71"]))
     index = [np.arange(timed)]
-    optimizers = {net: post_train.make_optimizer(stage, list(net.parameters())) for net in (ours, obvious)}
-    heads = {net: post_train.make_optimizer(probe_stage, list(net.dense.parameters())) for net in (ours, obvious)}
+    optimizers = {net: post_train.make_optimizer(stage, [net]) for net in (ours, obvious)}
+    heads = {net: post_train.make_optimizer(probe_stage, [net.dense]) for net in (ours, obvious)}
     common = dict(scaler=torch.amp.GradScaler(enabled=False), index=index, rates=[1e-6] * len(index))
 
     def ours_features():
@@ -395,7 +395,7 @@ def scale(args, folder):
         results.append(row(f"cache of {n:,}", seconds / n * 1e3, None, "ms/ECG", "", f"2 workers, peak {memory:,.0f} MB each", "flat"))
     net = networks(0.5)[0]
     stage = post_train.stages_of(post_train.parse(["--task", "all71"]))[1]
-    optimizer = post_train.make_optimizer(stage, list(net.parameters()))
+    optimizer = post_train.make_optimizer(stage, [net])
     for n in (500, 1000, 2000):
         signals, y = data.load_cache(folder / f"scale{n}").signals, torch.zeros(n, CLASSES)
         index = post_train.epoch_batches(n, 32, 0, 0, 1)
@@ -453,7 +453,7 @@ def resident(args, folder, n=4096):
     signals, y = cached(n)
     net = networks(0.5, device=args.device)[0]
     stage = post_train.stages_of(post_train.parse(["--task", "all71"]))[1]
-    optimizer, scaler = post_train.make_optimizer(stage, list(net.parameters())), torch.amp.GradScaler(args.device.type)
+    optimizer, scaler = post_train.make_optimizer(stage, [net]), torch.amp.GradScaler(args.device.type)
     index = post_train.epoch_batches(n, 256, 0, 0, 1)
     sources = {"ours": (torch.from_numpy(signals).to(args.device), np.arange(n)), "obvious": (signals, np.arange(n)),
                "no data": (torch.from_numpy(signals[:256]).to(args.device), np.arange(n) % 256)}
@@ -472,7 +472,7 @@ def schedule(args, folder, n=17418):
     split = post_train.on_device(post_train.Split(signals, np.arange(n), y), args.device)
     index = post_train.epoch_batches(n, 256, 0, 0, 1)
     scaler = torch.amp.GradScaler(args.device.type)
-    epoch = lambda net, stage, split, amp: post_train.train_epoch(net, post_train.make_optimizer(stage, list(net.parameters())), scaler, split, index,
+    epoch = lambda net, stage, split, amp: post_train.train_epoch(net, post_train.make_optimizer(stage, [net]), scaler, split, index,
                                                                   [1e-6] * len(index), 1.0, amp)
     features = lambda: evaluate.infer(net.eval().forward_features, split.array, split.rows, args.device, 256, torch.float16)
     kept = post_train.Split(torch.from_numpy(features()).to(args.device), np.arange(n), y)

@@ -76,7 +76,7 @@ def test_an_epoch(fake, monkeypatch, amp):
     assert split.array.device == DEVICE and split.array.dtype == torch.float16
     assert split.array.shape == (8, 12, 5000) and split.rows.tolist() == list(range(8))
     stage = post_train.stages_of(post_train.parse(["--task", "all71"]))[1]
-    optimizer = post_train.make_optimizer(stage, list(model.parameters()))
+    optimizer = post_train.make_optimizer(stage, [model])
     scaler = torch.amp.GradScaler("cuda", enabled=amp == torch.float16)
     index = [np.arange(4), np.arange(4, 8)]
     post_train.train_epoch(model, optimizer, scaler, split, index, [1e-3] * 2, 1.0, amp)

@@ -90,6 +90,36 @@ def test_plateau_is_torchs(seed):
     assert min(rates) < 1e-4  # it did come down
 
 
+def test_interpolation_tries_the_line_and_keeps_the_best(run, demo):
+    """Against weights mixed by hand and scored by evaluate.py."""
+    out = run(demo, "--lr", "0.01")
+    lines = [line for line in history(out) if line["stage"] == "interpolate"]
+    assert [line["share"] for line in lines] == list(post_train.SHARES) == [0, 0.25, 0.5, 0.75]
+    probe, last = weights(out, "probe.pt"), weights(out)
+    labels, cache = data.load_labels(demo, "rhythm12"), data.load_cache(demo)
+    labels, rows = data.align(labels, cache)
+    val, model = labels.fold == 9, network.ecgfounder(12).eval()
+    for line in lines:
+        share = line["share"]
+        model.load_state_dict({key: (1 - share) * probe[key] + share * last[key] for key in last})
+        with torch.no_grad():
+            logits = model(torch.from_numpy(cache.signals[rows[val]]).float())
+        got = np.nanmean(evaluate.auroc_auprc(labels.y[val], logits.numpy()), axis=1)
+        np.testing.assert_allclose([line["macro_auroc"], line["macro_auprc"]], got, atol=1e-6)
+    best = torch.load(out / "best.pt", weights_only=True)
+    candidates = [line for line in history(out) if line["stage"] != "probe"]
+    winner = max(candidates, key=lambda line: line["macro_auroc"])
+    assert (best["stage"], best["epoch"]) == (winner["stage"], winner["epoch"])
+    assert all(torch.equal(v, probe[k]) for k, v in weights(out, "probe.pt").items())
+
+
+@pytest.mark.parametrize("more", [["--no-interpolate"], ["--strategy", "baseline"], ["--probe-epochs", "0"], ["--epochs", "0"]])
+def test_without_both_ends_nothing_is_interpolated(run, demo, more):
+    out = run(demo, *more)
+    assert "interpolate" not in {line["stage"] for line in history(out)}
+    assert (out / "best.pt").exists()
+
+
 def test_undefined_scores_are_no_improvement():
     assert post_train.plateaus([0.9] + [None] * 11) == 1
 
@@ -113,13 +143,32 @@ def test_stage_table():
 def test_optimizers(tiny):
     model = network.ecgfounder(4)
     probe, finetune = post_train.stages_of(post_train.parse(["--task", "all71"]))
-    optimizer = post_train.make_optimizer(finetune, list(model.parameters()))
+    optimizer = post_train.make_optimizer(finetune, [model])
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [{p.dim() == 1 for p in g["params"]} for g in optimizer.param_groups] == [{False}, {True}]
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.05, 0.0]
     assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
-    coupled = post_train.make_optimizer(post_train.stages_of(post_train.parse(["--task", "all71", "--strategy", "baseline"]))[1], list(model.parameters()))
-    assert type(coupled) is torch.optim.Adam and [g["weight_decay"] for g in coupled.param_groups] == [1e-5]
+    baseline = post_train.stages_of(post_train.parse(["--task", "all71", "--strategy", "baseline"]))[1]
+    coupled = post_train.make_optimizer(baseline, [model])
+    assert type(coupled) is torch.optim.Adam
+    assert [g["weight_decay"] for g in coupled.param_groups] == [1e-5]
+
+
+def test_layers_further_from_the_head_train_more_slowly():
+    """With SGD in AdamW's place the first step of each parameter is its own rate times its gradient."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(3, 3) for _ in range(4)))
+    stage = post_train.stages_of(post_train.parse(["--task", "all71", "--layer-decay", "0.5"]))[1]
+    groups = post_train.make_optimizer(stage, list(model)).param_groups
+    optimizer = torch.optim.SGD([{"params": g["params"], "scale": g["scale"]} for g in groups], lr=0.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    gradients = []
+    optimizer.register_step_pre_hook(lambda *a: gradients.extend(p.grad.clone() for p in model.parameters()))
+    split = post_train.Split(torch.randn(8, 3), np.arange(8), torch.ones(8, 3))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    post_train.train_epoch(model, optimizer, scaler, split, [np.arange(8)], [0.8])
+    rates = [rate for rate in (0.1, 0.2, 0.4, 0.8) for _ in ("weight", "bias")]
+    for p, old, gradient, rate in zip(model.parameters(), before, gradients, rates):
+        torch.testing.assert_close(p.detach(), old - rate * gradient)
 
 
 def test_batches_of_an_epoch():
@@ -140,20 +189,25 @@ def test_every_epoch_has_its_own_seed():
 
 def test_a_run_leaves_what_it_promises(run, demo):
     out = run(demo)
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "best.pt", "last.pt", "metrics.jsonl", "test.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "best.pt", "last.pt", "metrics.jsonl", "probe.pt", "test.json"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines, tried = lines[:4], lines[4:]
     assert all(list(line) == KEYS for line in lines)
+    assert all(set(line) == set(KEYS[:2] + KEYS[4:8] + ["share"]) for line in tried)
     assert [(line["stage"], line["epoch"]) for line in lines] == [("probe", 1), ("probe", 2), ("finetune", 1), ("finetune", 2)]
     assert all(line["seconds"] > 0 and line["ecgs_per_second"] > 0 and line["peak_memory_mb"] > 10 for line in lines)
     assert lines[0]["lr"] == 5e-3 and lines[2]["lr"] == 5e-4
     best = torch.load(out / "best.pt", weights_only=True)
-    assert best["stage"] == "finetune" and best["epoch"] == 1 + int(lines[3]["macro_auroc"] > lines[2]["macro_auroc"])
+    winner = max(lines[2:] + tried, key=lambda line: line["macro_auroc"])
+    assert (best["stage"], best["epoch"]) == (winner["stage"], winner["epoch"])
     labels = data.load_labels(demo, "rhythm12")
     assert best["classes"] == labels.classes and best["task"] == "rhythm12" and best["preprocessing"] == "filter"
     assert best["data"] == str(demo.resolve()) and best["args"]["drop_path"] == 0.5 and best["args"]["amp"] == "off"
     assert set(best["versions"]) == {"torch", "numpy", "scipy", "wfdb"} and "optimizer" not in best
-    assert [{k: v for k, v in line.items()} for line in best["history"]] == lines[:len(best["history"])]
+    assert [{k: v for k, v in line.items()} for line in best["history"]] == (lines + tried)[:len(best["history"])]
     assert set(torch.load(out / "last.pt", weights_only=True)) - set(best) == {"optimizer", "scaler"}
+    probe = torch.load(out / "probe.pt", weights_only=True)
+    assert (probe["stage"], probe["epoch"]) == ("probe", 2) and "optimizer" not in probe
     scores = json.loads((out / "test.json").read_text())
     assert scores["n"] == int((labels.fold == 10).sum()) and f"macro AUROC {scores['macro_auroc']:.4f}" in run.out
     train, val = int((labels.fold <= 8).sum()), int((labels.fold == 9).sum())
@@ -169,7 +223,7 @@ def test_metrics_are_those_of_fold_9(run, demo):
     model.load_state_dict(weights(out))
     with torch.no_grad():
         logits = model(torch.from_numpy(cache.signals[rows[val]]).float())
-    line = history(out)[-1]
+    line = history(out)[3]
     assert line["val_loss"] == pytest.approx(torch.nn.functional.binary_cross_entropy_with_logits(
         logits, torch.from_numpy(labels.y[val]).float()).item(), abs=1e-6)
     assert line["macro_auroc"] == pytest.approx(np.nanmean(evaluate.auroc_auprc(labels.y[val], logits.numpy())[0]))
@@ -228,6 +282,25 @@ def test_training_starts_from_weights(run, demo, tmp_path):
     again = run(demo, "--weights", first / "best.pt", "--epochs", "0", "--task", "diagnostic44")  # our checkpoint, another task
     a, b = weights(first, "best.pt"), weights(again)
     assert all(torch.equal(a[key], b[key]) for key in a if not key.startswith("dense.")) and b["dense.bias"].shape == (44,)
+
+
+def test_a_new_head_is_unrelated_to_that_of_the_pretraining(run, demo, monkeypatch):
+    """One seed, one task, so that a head drawn from the seed alone would be the one that the features grew up with."""
+    first, heads, real = run(demo, "--seed", "0"), [], post_train.train_epoch
+
+    def seen(net, *rest):
+        heads.append(net[1].weight.detach().flatten().clone())
+        return real(net, *rest)
+
+    monkeypatch.setattr(post_train, "train_epoch", seen)
+    for seed in (0, 0, 1):
+        run(demo, "--seed", str(seed), "--weights", first / "best.pt", "--epochs", "0", "--probe-epochs", "1")
+    again, same, other = heads
+    torch.manual_seed(0)
+    drawn = network.ecgfounder(12).dense.weight.detach().flatten()
+    grown = weights(first, "best.pt")["dense.weight"].flatten()
+    assert torch.equal(again, same) and torch.corrcoef(torch.stack([drawn, grown]))[0, 1] > 0.5
+    assert torch.corrcoef(torch.stack([drawn, grown, again, other])).triu(1)[:, 2:].abs().max() < 0.25
 
 
 def test_the_fraction_acts_on_the_training_folds_alone(run, demo):
@@ -483,7 +556,7 @@ def test_gradient_scaler_skips_and_counts_infinite_steps():
     model = torch.nn.Linear(3, 2)
     before = model.weight.detach().clone()
     stage = post_train.stages_of(post_train.parse(["--task", "all71"]))[1]
-    optimizer = post_train.make_optimizer(stage, list(model.parameters()))
+    optimizer = post_train.make_optimizer(stage, [model])
     scaler = torch.amp.GradScaler("cpu", init_scale=3e38)  # the first scaled gradients overflow
     split = post_train.Split(torch.randn(8, 3) * 1000, np.arange(8), torch.ones(8, 2))
     loss, skipped = post_train.train_epoch(model, optimizer, scaler, split, [np.arange(8)] * 3, [1e-3] * 3, clip=1.0)

@@ -152,7 +152,7 @@ def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None
     batches = data.batches(split.array, (split.rows[i] for i in index), device)
     for step, x in enumerate(tqdm(batches, title, len(index), leave=False, unit="step", disable=None if title else True)):
         for group in optimizer.param_groups:
-            group["lr"] = rates[step] * group["scale"]
+            group["lr"] = rates[step] * group.get("scale", 1.0)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = net(x)
         y = split.y.index_select(0, torch.as_tensor(index[step], device=device))

@@ -272,7 +272,7 @@ def test_baseline_and_ablations_run(run, demo):
     out = run(demo, "--strategy", "baseline", "--probe-epochs", "0")
     assert [line["stage"] for line in history(out)] == ["finetune"] * 2 and history(out)[0]["lr"] == 1e-4
     saved = torch.load(out / "last.pt", weights_only=True)
-    assert saved["args"]["drop_path"] == 0 and [g["weight_decay"] for g in saved["optimizer"]["param_groups"]] == [1e-5]
+    assert saved["args"]["drop_path"] == 0 and {g["weight_decay"] for g in saved["optimizer"]["param_groups"]} == {1e-5}
     linear = run(demo, "--drop-path-mode", "linear", "--drop-path", "0.8", "--probe-epochs", "0", "--preprocess", "raw")
     assert torch.load(linear / "best.pt", weights_only=True)["preprocessing"] == "raw" and (demo / "cache" / "raw.npy").exists()
 
@@ -322,7 +322,7 @@ def test_unreadable_records_are_left_out_on_request(run, demo, tmp_path, fails):
 
 def test_bf16_on_request(run, demo):
     out = run(demo, "--amp", "bf16")
-    a, b = history(out)[-1], history(run(demo))[-1]
+    a, b = history(out)[3], history(run(demo))[3]
     assert a["train_loss"] != b["train_loss"] and a["train_loss"] == pytest.approx(b["train_loss"], rel=0.05)
 
 
@@ -420,7 +420,7 @@ def test_last_names_the_epoch_of_best_at_every_moment(run, demo, monkeypatch):
 
     monkeypatch.setattr(post_train, "save", save)
     run(demo)
-    assert seen[:4] == ["last.pt", "last.pt", "last.pt", "best.pt"]
+    assert seen[:5] == ["last.pt", "last.pt", "probe.pt", "last.pt", "best.pt"]
 
 
 def test_a_kill_between_the_two_files_loses_no_best(run, demo_set, undisturbed, tmp_path, monkeypatch):
@@ -461,7 +461,7 @@ def test_signals(demo_set, undisturbed, tmp_path, number, status):
 
 def test_resume_without_a_run_starts_anew(run, demo):
     out = run(demo, "--resume")
-    assert "no last.pt to go on from, starting anew" in run.out and len(history(out)) == 4
+    assert "no last.pt to go on from, starting anew" in run.out and len(history(out)) == 8
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tiny, demo_set, tmp_path, fails):

@@ -179,6 +179,23 @@ def test_every_convolution_is_right_in_bf16(training):
         assert bf16_error(model, x) < 0.02
 
 
+def test_a_kernel_that_pads_wrongly_is_not_used(monkeypatch):
+    """The fault of CPUs with AMX, made on any machine: what a bf16 convolution pads by itself comes out wrong."""
+    conv1d, padded = torch.nn.functional.conv1d, []
+
+    def faulty(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        padded.append(padding)
+        out = conv1d(x, weight, bias, stride, padding, dilation, groups)
+        return out.flip(1) if padding else out
+
+    model, x = network.ecgfounder(5).eval(), torch.randn(2, 12, 640)
+    with torch.no_grad():
+        want = model(x)
+        monkeypatch.setattr(torch.nn.functional, "conv1d", faulty)
+        torch.testing.assert_close(model(x), want)
+    assert len(padded) == 61 and not any(padded)
+
+
 def test_the_head_is_exact_under_autocast():
     """Coarser logits tie, which moves the ranks of rare classes."""
     model, features = network.ecgfounder(5).eval(), torch.randn(4, 1024).bfloat16()

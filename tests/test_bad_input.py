@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import zipfile
 from hashlib import sha256
 from types import SimpleNamespace
@@ -521,6 +522,8 @@ CELL = st.one_of(st.text(max_size=20), st.integers().map(str), st.floats().map(s
 def test_a_fuzzed_row_is_read_or_refused(pristine, tmp_path, cells, task):
     with open(pristine / "data" / "ptbxl_database.csv", newline="") as f:
         rows = list(csv.DictReader(f))
+    if sys.version_info < (3, 11):  # whose csv module neither writes nor reads a zero byte
+        cells = {key: value.replace("\0", "") for key, value in cells.items()}
     rows[2].update(cells)
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]))

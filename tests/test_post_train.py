@@ -601,24 +601,21 @@ def test_no_thread_of_a_process_group_outlives_the_run(demo_set, tmp_path):
     script = tmp_path / "threads.py"
     script.write_text(f"""import os, runpy, sys, time
 import torch.distributed as dist
-def gloo_threads():
-    count = 0
-    for i in os.listdir("/proc/self/task"):
-        try:
-            count += "gloo" in open(f"/proc/self/task/{{i}}/comm").read()
-        except OSError:
-            pass  # ended meanwhile
-    return count
-destroy = dist.destroy_process_group
+def threads():
+    return set(os.listdir("/proc/self/task"))
+init, destroy, started = dist.init_process_group, dist.destroy_process_group, set()
+def initialize(backend):
+    before = threads()
+    init(backend)
+    started.update(threads() - before)
 def counting():
-    before = gloo_threads()
     destroy()
     deadline = time.monotonic() + 5  # the kernel lists a joined thread a moment longer
-    while gloo_threads() and time.monotonic() < deadline:
+    while started & threads() and time.monotonic() < deadline:
         time.sleep(0.01)
     with open({str(tmp_path)!r} + "/gloo" + os.environ["RANK"], "w") as f:
-        print(before, gloo_threads(), file=f)
-dist.destroy_process_group = counting
+        print(len(started), len(started & threads()), file=f)
+dist.init_process_group, dist.destroy_process_group = initialize, counting
 sys.path.insert(0, {str(TESTS)!r})
 sys.argv[0] = {str(TESTS / "tiny.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -239,7 +239,8 @@ def preprocess(signal, fs, how="filter"):
             raise InputError(f"a sampling rate of {fs} Hz; wanted {MIN_FS} to {MAX_FS} Hz")
         ratio = Fraction(FS / fs).limit_denominator(1000)
         # Beyond its ends a lead goes on along the line between its first and last sample: zeros there would be a step.
-        x = dsp.resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype="line")
+        ends = "line" if x.shape[1] > 1 else "constant"
+        x = dsp.resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype=ends)
     x = x[:, :SAMPLES]
     if how == "filter":
         if x.shape[1] < BASELINE_WINDOW:

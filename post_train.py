@@ -279,7 +279,7 @@ class Run(NamedTuple):
     model: network.ECGFounder
     described: dict         # classes, and a digest of the records
     history: list           # the lines of metrics.jsonl
-    last: Optional[dict]    # the checkpoint that it goes on from
+    last: Optional[dict]    # state of the optimizer and the scaler that it goes on with
 
     @property
     def out(self):
@@ -299,7 +299,8 @@ class Run(NamedTuple):
 
 
 def train(args, device, rank=0, world=1):
-    """Train both stages from where the run stands; leaves its files in args.out."""
+    """Train both stages, and interpolate on request, from where the run stands; leaves its files in
+    args.out."""
     described, train_split, val_split = load_splits(args, device)
     run = begin(args, device, rank, world, described, train_split)
     model, (probe, finetune) = run.model, stages_of(args)
@@ -316,7 +317,7 @@ def train(args, device, rank=0, world=1):
         layers = [model.first_conv, *model.stage_list, model.dense]
         fit(run, finetune, model, layers, on_device(train_split, device), val_split, run.amp)
 
-    if args.interpolate and probe.epochs and finetune.epochs:
+    if args.interpolate:
         interpolate(run, val_split)
 
 
@@ -379,22 +380,48 @@ def fit(run, stage, trained, layers, train_split, val_split, amp):
 
 
 def interpolate(run, val_split):
-    """Try weights on the line from the probe's to the last (WiSE-FT, Wortsman et al. 2022): where
-    fine-tuning took too much of the probe away, fold 9 tells so."""
+    """Validate weights on the line from the probe's end to the last epoch's (WiSE-FT, Wortsman et
+    al. 2022); best.pt becomes the best of them where it beats every epoch of fine-tuning."""
+    if run.last and take_over(run):
+        return
     start = network.read_checkpoint(run.out / "probe.pt")["state_dict"]
     end = {key: value.clone() for key, value in run.model.state_dict().items()}
-    for epoch, share in enumerate(SHARES, 1):
+
+    def load(share):
+        run.model.load_state_dict({key: torch.lerp(start[key].to(value), value, share)
+                                   for key, value in end.items()})
+
+    for trial, share in enumerate(SHARES, 1):
         started = time.perf_counter()
-        mixed = {key: torch.lerp(start[key].to(value), value, share) for key, value in end.items()}
-        run.model.load_state_dict(mixed)
-        scores = validate(run.model.eval(), val_split, run.device, run.amp)
-        line = {"stage": "interpolate", "epoch": epoch, "share": share,
+        load(share)
+        try:
+            scores = validate(run.model.eval(), val_split, run.device, run.amp)
+        except NonFinite as error:
+            run.say(f"{share:.0%} of fine-tuning  {error}, left out")
+            continue
+        line = {"stage": "interpolate", "epoch": trial, "share": share,
                 **dict(zip(("val_loss", "macro_auroc", "macro_auprc"), scores)),
                 "seconds": time.perf_counter() - started}
         run.history.append(line)
-        save_epoch(run)
         run.say(f"{share:.0%} of fine-tuning  val loss {line['val_loss']:.4f}  {scores_of(line)}  "
                 f"{line['seconds']:.1f} s")
+    best = run.history[best_epoch(run.history, stages_of(run.args))]
+    if run.rank == 0:
+        if best["stage"] == "interpolate":
+            load(best["share"])
+            save(run.out / "best.pt", {**make_checkpoint(run), **best})
+        write_history(run.out, run.history)
+
+
+def take_over(run):
+    """Whether best.pt is an interpolation's already, as where a run ended just before its test."""
+    best = evaluate.load_checkpoint(run.out / "best.pt")[1]
+    if best["stage"] != "interpolate":
+        return False
+    run.history[:] = best["history"]
+    if run.rank == 0:
+        write_history(run.out, run.history)
+    return True
 
 
 # ------------------------------------------------------------------------------------ a run's state
@@ -413,8 +440,10 @@ def begin(args, device, rank, world, described, train_split):
         network.load_pretrained(model, args.weights)
         new_head(model, args.seed)
     model.to(device)
-    history = last["history"] if last else []
-    run = Run(args, device, rank, world, model, described, history, last)
+    history, state = [], None
+    if last:
+        history, state = last["history"], {key: last[key] for key in ("optimizer", "scaler")}
+    run = Run(args, device, rank, world, model, described, history, state)
     batch_size_of(run, len(train_split.rows))
     if run.amp:
         check_precision(model.eval(), train_split, device, run.amp)
@@ -473,8 +502,8 @@ def check_precision(model, split, device, amp):
     """Raise InputError where `model` (in eval mode) gives other features of a few ECGs with
     autocast to `amp` than in float32.
 
-    Some libraries compute single operations wrongly in low precision on some processors. Done right,
-    bf16 differs by less than 1 %.
+    Some libraries compute single operations wrongly in low precision on some processors. Done
+    right, bf16 differs by less than 1 %.
     """
     rows = split.rows[:4]
     exact, coarse = (evaluate.infer(model.forward_features, split.array, rows, device, amp=dtype)
@@ -484,7 +513,7 @@ def check_precision(model, split, device, amp):
         name = str(amp).removeprefix("torch.")
         raise InputError(f"this machine computes the network wrongly in {name}: the features of "
                          f"{len(rows)} ECGs are off by {100 * error / size:.0f} % from float32's; "
-                         "give --amp off")
+                         "give --amp off, and another --out if there is a last.pt")
 
 
 def check_same_run(args, described, last):
@@ -511,14 +540,12 @@ def check_arguments(args, last):
 
 # ---------------------------------------------------------------------------------------- its files
 
-def save_epoch(run, state=None):
-    """Write the files of the epoch that history ends with. state: of the optimizer and the scaler,
-    for last.pt; without it last.pt stays as it is."""
+def save_epoch(run, state):
+    """Write the files of the epoch that history ends with. state: optimizer's and scaler's."""
     if run.rank:
         return
     checkpoint = make_checkpoint(run)
-    if state:
-        save(run.out / "last.pt", {**checkpoint, **state})
+    save(run.out / "last.pt", {**checkpoint, **state})
     save_outcome(run.out, checkpoint, stages_of(run.args))
     write_history(run.out, run.history)
 
@@ -526,7 +553,7 @@ def save_epoch(run, state=None):
 def save_outcome(out, checkpoint, stages):
     """Write best.pt where the checkpoint's last epoch is its best, and probe.pt at the probe's end.
 
-    It comes after last.pt, so that this always names best.pt's epoch.
+    It comes after last.pt, so that this always names best.pt's epoch (unless that is interpolated).
     """
     history, probe = checkpoint["history"], stages[0]
     checkpoint = {k: v for k, v in checkpoint.items() if k not in ("optimizer", "scaler")}
@@ -629,9 +656,8 @@ def parse(argv):
     add("--drop-path-mode", choices=("constant", "linear"), default="constant",
         help="the same rate in every block, or growing with depth; the paper's is unknown "
              "(default: constant, ours)")
-    add("--interpolate", action=argparse.BooleanOptionalAction, default=None,
-        help="at the end try weights between the probe's and the last epoch's too; ours "
-             "(default: with --strategy post)")
+    add("--interpolate", action="store_true",
+        help="at the end validate weights between the probe's and the last epoch's too; ours")
     add("--amp", choices=("auto", *AMP), default="auto",
         help="mixed precision (default: auto: fp16 on CUDA, off on the CPU; ours)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
@@ -641,8 +667,6 @@ def parse(argv):
     args = parser.parse_args(argv)
     for key, setting in RECIPE.items():
         setattr(args, key, getattr(args, key, getattr(setting, args.strategy)))
-    if args.interpolate is None:
-        args.interpolate = args.strategy == "post"
     args.out = args.out or f"runs/{args.task}-frac{args.frac:g}-{args.strategy}-seed{args.seed}"
     return args
 
@@ -665,12 +689,15 @@ def check(args):
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}; wanted {wanted}")
     if not args.epochs and not args.probe_epochs:
         raise InputError("--epochs 0 and --probe-epochs 0 train nothing; give one of them")
+    if args.interpolate and not (args.epochs and args.probe_epochs):
+        raise InputError("--interpolate goes from a probe to fine-tuning; wanted --epochs and "
+                         "--probe-epochs of at least 1")
     going_on = args.resume and Path(args.out, "last.pt").exists()
     if args.weights != "none" and not os.path.exists(args.weights) and not going_on:
         raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the "
                          "official weights, --weights none starts at random")
-    left = [name for name in ("last.pt", "best.pt", "test.json") if Path(args.out, name).exists()]
-    if left and not args.resume:
+    written = [Path(args.out, name) for name in OUTPUTS if name != "metrics.jsonl"]
+    if not args.resume and any(path.exists() for path in written):
         raise InputError(f"{args.out}: holds a run already; --resume goes on with it, another "
                          "--out begins a new one")
 

@@ -242,6 +242,7 @@ def test_missing_samples_are_interpolated_and_flat_records_zeros():
     one = np.full((12, 10000), 1.5)
     one[:, 3000] = nan
     assert np.array_equal(data.preprocess(one, 1000, "raw"), np.full((12, 5000), 1.5, np.float32))
+    assert np.isfinite(data.preprocess(np.ones((12, 1)), 250, "raw")).all()
     holes = SIGNAL.copy()
     holes[3, 100:200] = nan
     assert np.isfinite(data.preprocess(holes, 500)).all()

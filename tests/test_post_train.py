@@ -92,7 +92,7 @@ def test_plateau_is_torchs(seed):
 
 def test_interpolation_tries_the_line_and_keeps_the_best(run, demo):
     """Against weights mixed by hand and scored by evaluate.py."""
-    out = run(demo, "--lr", "0.01")
+    out = run(demo, "--lr", "0.01", "--interpolate")
     lines = [line for line in history(out) if line["stage"] == "interpolate"]
     assert [line["share"] for line in lines] == list(post_train.SHARES) == [0, 0.25, 0.5, 0.75]
     probe, last = weights(out, "probe.pt"), weights(out)
@@ -110,14 +110,51 @@ def test_interpolation_tries_the_line_and_keeps_the_best(run, demo):
     candidates = [line for line in history(out) if line["stage"] != "probe"]
     winner = max(candidates, key=lambda line: line["macro_auroc"])
     assert (best["stage"], best["epoch"]) == (winner["stage"], winner["epoch"])
-    assert all(torch.equal(v, probe[k]) for k, v in weights(out, "probe.pt").items())
+    if winner["stage"] == "interpolate":
+        mixed = {key: torch.lerp(probe[key], value, winner["share"]) for key, value in last.items()}
+        assert best["share"] == winner["share"]
+        assert all(torch.equal(value, mixed[key]) for key, value in best["state_dict"].items())
 
 
-@pytest.mark.parametrize("more", [["--no-interpolate"], ["--strategy", "baseline"], ["--probe-epochs", "0"], ["--epochs", "0"]])
-def test_without_both_ends_nothing_is_interpolated(run, demo, more):
-    out = run(demo, *more)
-    assert "interpolate" not in {line["stage"] for line in history(out)}
-    assert (out / "best.pt").exists()
+def test_interpolation_wins_on_request_alone(run, demo, monkeypatch):
+    """Made to: a validation that prefers the half-way point; and killed before the test, resumed as it was."""
+    real = post_train.validate
+
+    def prefer_the_middle(function, split, device, amp):
+        loss, auroc, auprc = real(function, split, device, amp)
+        probe = out / "probe.pt"
+        if probe.exists() and isinstance(function, network.ECGFounder) and (out / "last.pt").exists():
+            start, end = weights(out, "probe.pt")["dense.weight"], weights(out)["dense.weight"]
+            if torch.equal(function.dense.weight, torch.lerp(start, end, 0.5)):
+                return loss, 2.0, auprc
+            if torch.equal(function.dense.weight, torch.lerp(start, end, 0.25)):
+                raise post_train.NonFinite("the validation loss is nan")
+        return loss, auroc, auprc
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*a):
+        raise Killed
+
+    out = demo / "run"
+    monkeypatch.setattr(post_train, "validate", prefer_the_middle)
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        m.setattr(evaluate, "predict_folds", kill)
+        run(demo, "--interpolate", out=out)
+    before, best = history(out), torch.load(out / "best.pt", weights_only=True)
+    assert [line["share"] for line in before[4:]] == [0, 0.5, 0.75] and best["share"] == 0.5
+    run(demo, "--interpolate", "--resume", out=out)
+    assert history(out) == before and (out / "test.json").exists()
+    again = torch.load(out / "best.pt", weights_only=True)
+    assert all(torch.equal(v, again["state_dict"][k]) for k, v in best["state_dict"].items())
+
+
+@pytest.mark.parametrize("more", [["--strategy", "baseline"], ["--probe-epochs", "0"], ["--epochs", "0"]])
+def test_interpolation_needs_both_ends(tiny, demo, tmp_path, fails, more):
+    argv = arguments(demo, tmp_path / "run") if "--strategy" not in more else [
+        "--data", str(demo), "--task", "rhythm12", "--weights", "none", "--out", str(tmp_path / "run")]
+    fails(post_train.main, [*argv, *more, "--interpolate"], "--interpolate", "--probe-epochs")
 
 
 def test_undefined_scores_are_no_improvement():
@@ -188,12 +225,12 @@ def test_every_epoch_has_its_own_seed():
 # -------------------------------------------------------------------------------------------------------------------- run
 
 def test_a_run_leaves_what_it_promises(run, demo):
-    out = run(demo)
+    out = run(demo, "--interpolate")
     assert sorted(p.name for p in out.iterdir()) == [".lock", "best.pt", "last.pt", "metrics.jsonl", "probe.pt", "test.json"]
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     lines, tried = lines[:4], lines[4:]
     assert all(list(line) == KEYS for line in lines)
-    assert all(set(line) == set(KEYS[:2] + KEYS[4:8] + ["share"]) for line in tried)
+    assert len(tried) == 4 and all(set(line) == set(KEYS[:2] + KEYS[4:8] + ["share"]) for line in tried)
     assert [(line["stage"], line["epoch"]) for line in lines] == [("probe", 1), ("probe", 2), ("finetune", 1), ("finetune", 2)]
     assert all(line["seconds"] > 0 and line["ecgs_per_second"] > 0 and line["peak_memory_mb"] > 10 for line in lines)
     assert lines[0]["lr"] == 5e-3 and lines[2]["lr"] == 5e-4
@@ -204,7 +241,7 @@ def test_a_run_leaves_what_it_promises(run, demo):
     assert best["classes"] == labels.classes and best["task"] == "rhythm12" and best["preprocessing"] == "filter"
     assert best["data"] == str(demo.resolve()) and best["args"]["drop_path"] == 0.5 and best["args"]["amp"] == "off"
     assert set(best["versions"]) == {"torch", "numpy", "scipy", "wfdb"} and "optimizer" not in best
-    assert [{k: v for k, v in line.items()} for line in best["history"]] == (lines + tried)[:len(best["history"])]
+    assert best["history"] == (lines + tried)[:len(best["history"])]
     assert set(torch.load(out / "last.pt", weights_only=True)) - set(best) == {"optimizer", "scaler"}
     probe = torch.load(out / "probe.pt", weights_only=True)
     assert (probe["stage"], probe["epoch"]) == ("probe", 2) and "optimizer" not in probe
@@ -461,7 +498,7 @@ def test_signals(demo_set, undisturbed, tmp_path, number, status):
 
 def test_resume_without_a_run_starts_anew(run, demo):
     out = run(demo, "--resume")
-    assert "no last.pt to go on from, starting anew" in run.out and len(history(out)) == 8
+    assert "no last.pt to go on from, starting anew" in run.out and len(history(out)) == 4
 
 
 def test_one_process_at_a_time_trains_in_a_folder(tiny, demo_set, tmp_path, fails):

@@ -281,8 +281,9 @@ def predict_many(checkpoint, records, n, plots, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_repeated_predictions_keep_their_memory(tiny, demo_set, undisturbed, tmp_path, capsys):
-    sizes = predict_many(undisturbed / "best.pt", sorted(demo_set.rglob("*_hr.hea")), 60, 15, tmp_path)
-    assert sizes[-1] - sizes[29] < 16, sizes[::10]
+    """Four pictures between the windows; one that is kept takes 60 MB. The least of a window leaves out buffers that come and go."""
+    sizes = predict_many(undisturbed / "best.pt", sorted(demo_set.rglob("*_hr.hea")), 24, 4, tmp_path)
+    assert min(sizes[20:]) - min(sizes[4:8]) < 30, sizes[::4]
 
 
 @LONG

@@ -748,7 +748,7 @@ def train_in_group(args, device, rank, world):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         train(args, device, rank, world)
-        # While a rank waits here, Gloo's threads let go of the last tensors. Up to torch 2.7 they
+        # While a rank waits here, Gloo's threads let go of the last tensors. In torch 2.6 they
         # cannot do so during destroy_process_group, which waits for them and holds Python's lock
         # (pytorch/pytorch#154976).
         dist.barrier()

@@ -1,25 +1,31 @@
 """PTB-XL: labels of its tasks, records, preprocessing, and a cache of preprocessed signals.
 
-    python data.py --download --data ptbxl      # fetch PTB-XL 1.0.3 (1.7 GB), unpack its 500 Hz records, check every hash
-    python data.py --data ptbxl                 # preprocess every record once -> ptbxl/cache/filter.npy
+    python data.py --download --data ptbxl      # fetch PTB-XL 1.0.3 (1.7 GB), check every hash
+    python data.py --data ptbxl                 # preprocess every record -> ptbxl/cache/filter.npy
     python data.py --data ptbxl --preprocess raw --workers 4
 
-The cache is one float16 array (N, 12, 5000), 2.6 GB for the whole set, N in the order of ptbxl_database.csv; read it with
-np.load("ptbxl/cache/filter.npy", mmap_mode="r"). filter.json beside it holds the ecg_ids and how it was made.
-Signals: 12 leads in the order of LEADS, 10 s at 500 Hz, millivolts before and no unit after normalisation.
+The cache is one float16 array (N, 12, 5000), 2.6 GB for the whole set, in the order of
+ptbxl_database.csv; np.load("ptbxl/cache/filter.npy", mmap_mode="r") reads it. Beside it filter.json
+says what it was made of, and filter.marks.npy which rows could be read. Signals: 12 leads in the
+order of LEADS, 10 s at 500 Hz, in millivolts before normalisation and without a unit after it.
 This file imports no other of the project.
 """
 import argparse
 import ast
 import csv
 import errno
+import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
+import signal
 import sys
+import threading
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from fractions import Fraction
@@ -27,186 +33,254 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 FS = 500            # Hz
-MIN_FS, MAX_FS = 50, 100_000  # Hz, of what is resampled
 SAMPLES = 5000      # 10 s
-TASKS = ("all71", "diagnostic44", "subclass23", "superclass5", "form19", "rhythm12")
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10
+TASKS = {           # columns of scp_statements.csv: which flags the statements, which names classes
+    "all71": (None, ""),
+    "diagnostic44": ("diagnostic", ""),
+    "subclass23": ("diagnostic", "diagnostic_subclass"),
+    "superclass5": ("diagnostic", "diagnostic_class"),
+    "form19": ("form", ""),
+    "rhythm12": ("rhythm", ""),
+}
 PREPROCESSING = ("filter", "zscore", "raw")
 
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
-MAX_MILLIVOLTS = 1e4  # an ECG has about 1; resampling may overshoot, and the largest float16 is 65504
-BASELINE_WINDOW = 201  # samples of the running median, 0.4 s
-LAYOUT = 2          # of the cache; another number than the file's means: build it again
-CHUNK = 32          # records between two marks of progress
+MAX_MILLIVOLTS = 1e4            # an ECG has about 1; the largest float16 is 65504
+MIN_FS, MAX_FS = 50, 100_000    # Hz, of what is resampled
+BASELINE_WINDOW = 201           # samples of the running median, 0.4 s
+LAYOUT = 3          # of the cache; one of another layout is built again
+CHUNK = 32          # records a worker does at once
+DATABASE, STATEMENTS, SUMS = "ptbxl_database.csv", "scp_statements.csv", "SHA256SUMS.txt"
 URL = ("https://physionet.org/static/published-projects/ptb-xl/"
        "ptb-xl-a-large-publicly-available-electrocardiography-dataset-1.0.3.zip")
-TABLES = ("ptbxl_database.csv", "scp_statements.csv")
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says what was found, what was wanted and what to do."""
+    """What the user gave cannot be used; the message says what was found, wanted and to be done."""
 
 
 def line_of(error):
-    """An error as one line to a person; of the system's own (OSError) the file and the reason, without the number."""
+    """An error as one line to a person; of a system error the file and the reason."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return f"{error.filename or 'the system'}: {error.strerror.lower()}{'; make room, and run the same command again' if full else ''}"
+    line = f"{error.filename or 'the system'}: {error.strerror.lower()}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        line += "; make room, and run the same command again"
+    return line
 
 
-# ---------------------------------------------------------------------------------------------------------------- labels
+# ------------------------------------------------------------------------------------------- labels
 
 class Labels(NamedTuple):
     ecg_id: np.ndarray      # (N,) int64
-    patient_id: np.ndarray  # (N,) int64; a record of unknown patient is a patient of its own, -ecg_id
+    patient_id: np.ndarray  # (N,) int64; -ecg_id where the patient is unknown
     fold: np.ndarray        # (N,) int64, 1 to 10
     y: np.ndarray           # (N, L) uint8
     classes: list           # L names, sorted
 
 
+def load_labels(root, task):
+    """The records that have a label of `task`, as Labels, from PTB-XL's two csv files alone.
+
+    Protocol of Strodthoff et al. (2021): a statement counts as present whatever its likelihood, 0
+    included; records without any label of the task are left out. The classes are all of the task in
+    scp_statements.csv, whether or not a record has them. Raises InputError for an unknown task and
+    for files that are missing or malformed.
+    """
+    check_task(task)
+    rows, ecg_id = read_database(root, ("patient_id", "scp_codes", "strat_fold"))
+    class_of = read_classes(root, task)
+    classes = sorted(set(class_of.values()) - {None})
+    y = np.zeros((len(rows), len(classes)), np.uint8)
+    patient_id, fold = -ecg_id, np.empty(len(rows), np.int64)
+    for i, row in enumerate(rows):
+        for code in read_codes(root, i, row):
+            if code not in class_of:
+                wanted = f"statements of {STATEMENTS}, which has no {str(code)[:40]!r}"
+                raise bad_cell(root, i, row, "scp_codes", f"{wanted}; fetch both files again")
+            if class_of[code] is not None:
+                y[i, classes.index(class_of[code])] = 1
+        fold[i] = whole_number(root, i, row, "strat_fold")
+        if not 1 <= fold[i] <= 10:
+            raise bad_cell(root, i, row, "strat_fold", "1 to 10")
+        if row["patient_id"]:
+            patient_id[i] = whole_number(root, i, row, "patient_id")
+    labelled = y.any(1)
+    fields = (field[labelled] for field in (ecg_id, patient_id, fold, y))
+    return Labels(*fields, classes)
+
+
+def read_classes(root, task):
+    """scp_statements.csv -> {statement: its class in the task, None where it has none}."""
+    flag, name = TASKS[task]
+    columns = {column for pair in TASKS.values() for column in pair if column is not None}
+    class_of = {}
+    for row in read_table(root, STATEMENTS, columns):
+        flagged = flag is None or row[flag].strip() in ("1", "1.0")
+        class_of[row[""]] = (row[name] or None) if flagged else None
+    return class_of
+
+
+def read_codes(root, i, row):
+    """A record's statements, of which PTB-XL writes a Python dict to their likelihoods."""
+    try:
+        codes = ast.literal_eval(row["scp_codes"])
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        codes = None
+    if not isinstance(codes, dict):
+        raise bad_cell(root, i, row, "scp_codes", "a dict such as {'NORM': 100.0}")
+    return codes
+
+
+def read_database(root, columns=()):
+    """ptbxl_database.csv -> (rows, ecg_id (N,)). Raises InputError also for an ecg_id that is no
+    number or stands twice."""
+    rows = read_table(root, DATABASE, ("ecg_id", "filename_hr", *columns))
+    ids = [whole_number(root, i, row, "ecg_id") for i, row in enumerate(rows)]
+    if len(set(ids)) < len(ids):
+        twice = Counter(ids).most_common(1)[0][0]
+        raise InputError(f"{Path(root, DATABASE)}: ecg_id {twice} stands twice; fetch the file "
+                         "again")
+    return rows, np.array(ids, np.int64)
+
+
 def read_table(root, name, columns):
-    """The rows of a csv file as dicts. Raises InputError where it is missing, empty, damaged or lacks one of `columns`."""
-    path = Path(root, name)
+    """The rows of a csv file as dicts. Raises InputError where it is missing, empty, damaged or
+    lacks one of `columns`."""
+    path, fetch = Path(root, name), f"`python data.py --download --data {root}` fetches it"
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f)
-            lacking = [c for c in columns if c not in (reader.fieldnames or [])]
+            lacking = sorted(set(columns) - set(reader.fieldnames or []))
             if lacking:
-                raise InputError(f"{path}: has no column {lacking[0]!r}; wanted PTB-XL's {name}, "
-                                 f"`python data.py --download --data {root}` fetches it")
+                raise InputError(f"{path}: has no column {lacking[0]!r}; wanted PTB-XL's, {fetch}")
             rows = list(reader)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror.lower()}; wanted a PTB-XL folder: name it with --data, or "
-                         f"`python data.py --download --data {root}` fetches it") from None
+        raise InputError(f"{path}: {error.strerror.lower()}; wanted a PTB-XL folder: name it with "
+                         f"--data, or {fetch}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a csv file in UTF-8 ({error}); fetch it again") from None
     for number, row in enumerate(rows, 2):
         if None in row or any(row[c] is None for c in columns):
-            raise InputError(f"{path}: row {number} does not have {len(reader.fieldnames)} fields; fetch the file again")
+            raise InputError(f"{path}: row {number} does not have {len(reader.fieldnames)} fields; "
+                             "fetch the file again")
     if not rows:
         raise InputError(f"{path}: has no rows; fetch it again")
     return rows
 
 
-def read_database(root, columns=()):
-    """ptbxl_database.csv -> (rows, ecg_id (N,)). Raises InputError also for an ecg_id that is no number or stands twice."""
-    rows = read_table(root, TABLES[0], ("ecg_id", "filename_hr", *columns))
-    ids = [whole_number(root, i, row, "ecg_id") for i, row in enumerate(rows, 2)]
-    if len(set(ids)) < len(ids):
-        twice = Counter(ids).most_common(1)[0][0]
-        raise InputError(f"{Path(root, TABLES[0])}: ecg_id {twice} stands twice; fetch the file again")
-    return rows, np.array(ids, np.int64)
-
-
-def whole_number(root, number, row, column):
+def whole_number(root, i, row, column):
     try:
         value = float(row[column])
         if value == int(value) and abs(value) < 2**53:
             return int(value)
     except (ValueError, OverflowError):
         pass
-    raise InputError(f"{Path(root, TABLES[0])}: row {number}: {column} is {row[column]!r}; wanted a whole number")
+    raise bad_cell(root, i, row, column, "a whole number")
 
 
-def load_labels(root, task):
-    """The records that have a label of `task`, as Labels, from PTB-XL's two csv files alone.
-
-    Protocol of Strodthoff et al. (2021): a statement counts as present whatever its likelihood, 0 included; records without
-    any label of the task are left out. The classes are all of the task in scp_statements.csv, in sorted order, whether or
-    not a record has them. Raises InputError for an unknown task and for files that are missing or malformed.
-    """
-    check_task(task)
-    database, ecg_id = read_database(root, ("patient_id", "scp_codes", "strat_fold"))
-    statements = read_table(root, TABLES[1], ("", "diagnostic", "form", "rhythm", "diagnostic_class", "diagnostic_subclass"))
-    flag = {"form19": "form", "rhythm12": "rhythm"}.get(task, "diagnostic")
-    value = {"subclass23": "diagnostic_subclass", "superclass5": "diagnostic_class"}.get(task, "")
-    chosen = [s for s in statements if task == "all71" or s[flag].strip() in ("1", "1.0")]
-    class_of = {s[""]: s[value] for s in chosen if s[value]}     # statement -> class of the task
-    classes = sorted(set(class_of.values()))
-    column = {name: i for i, name in enumerate(classes)}
-    known = {s[""] for s in statements}
-
-    y = np.zeros((len(database), len(classes)), np.uint8)
-    patient_id, fold = np.empty(len(database), np.int64), np.empty(len(database), np.int64)
-    for i, row in enumerate(database):
-        where = f"{Path(root, TABLES[0])}: row {i + 2}"
-        try:
-            codes = ast.literal_eval(row["scp_codes"])
-        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-            codes = None
-        if not isinstance(codes, dict):
-            raise InputError(f"{where}: scp_codes is {row['scp_codes'][:40]!r}; wanted a dict such as {{'NORM': 100.0}}")
-        for code in codes:
-            if code not in known:
-                raise InputError(f"{where}: the statement {str(code)[:40]!r} does not stand in {TABLES[1]}; fetch both files again")
-            if code in class_of:
-                y[i, column[class_of[code]]] = 1
-        fold[i] = whole_number(root, i + 2, row, "strat_fold")
-        if not 1 <= fold[i] <= 10:
-            raise InputError(f"{where}: strat_fold is {fold[i]}; wanted 1 to 10")
-        patient_id[i] = whole_number(root, i + 2, row, "patient_id") if row["patient_id"] else -ecg_id[i]
-    labelled = y.any(1)
-    return Labels(ecg_id[labelled], patient_id[labelled], fold[labelled], y[labelled], classes)
+def bad_cell(root, i, row, column, wanted):
+    return InputError(f"{Path(root, DATABASE)}: row {i + 2}: {column} is {row[column][:40]!r}; "
+                      f"wanted {wanted}")
 
 
 def check_task(task):
     if task not in TASKS:
         from difflib import get_close_matches
         near = get_close_matches(str(task), TASKS, 1, 0)[0]
-        raise InputError(f"task {task!r} is unknown; did you mean {near}? (one of {', '.join(TASKS)})")
-
-
-def check_preprocessing(how):
-    if how not in PREPROCESSING:
-        raise InputError(f"preprocessing {how!r} is unknown; wanted one of {', '.join(PREPROCESSING)}")
+        raise InputError(f"task {task!r} is unknown; did you mean {near}? (one of "
+                         f"{', '.join(TASKS)})")
 
 
 def subset(index, frac, seed):
-    """A fraction of the records `index` (n,), sorted: max(1, floor(frac n + 0.5)) of them, set by `seed` alone.
+    """A fraction of the records `index` (n,), sorted: max(1, floor(frac n + 0.5)) of them, set by
+    `seed` alone.
 
-    Nested: for one index and seed a smaller fraction lies inside every larger one. Raises InputError unless 0 < frac <= 1.
+    Nested: for one index and seed a smaller fraction lies inside every larger one. Raises
+    InputError unless 0 < frac <= 1.
     """
     if not 0 < frac <= 1:
         raise InputError(f"the fraction is {frac}; wanted 0 < fraction <= 1")
     index = np.sort(np.asarray(index))
-    return np.sort(np.random.RandomState(seed).permutation(index)[:max(1, int(frac * len(index) + 0.5))])
+    chosen = np.random.RandomState(seed).permutation(index)[:max(1, int(frac * len(index) + 0.5))]
+    return np.sort(chosen)
 
 
-# --------------------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 
 def read_record(path):
-    """A WFDB record (path without extension) -> float32 (12, n) in millivolts, leads ordered as LEADS, and its rate in Hz.
+    """A WFDB record (path without extension) -> float32 (12, n) in millivolts, leads ordered as
+    LEADS, and its rate in Hz.
 
-    Leads are found by name, whatever their case and order; others are left out; voltages in other units are converted.
-    Samples marked as missing are NaN. Raises InputError naming the path and what is wrong.
+    Leads are found by name, whatever their case and order; others are left out; voltages in other
+    units are converted. Samples marked as missing are NaN. Raises InputError naming the path and
+    what is wrong.
     """
     import wfdb
     try:
         record = wfdb.rdrecord(str(path))
-        signal, names, units, fs = record.p_signal, record.sig_name, record.units, float(record.fs)
-    except Exception as error:  # wfdb raises nearly every type for a malformed header or a short file
+        signal, names, units = record.p_signal, record.sig_name, record.units
+        fs = float(record.fs)
+    except Exception as error:  # wfdb raises nearly every type for a malformed header or short file
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: cannot be read as a WFDB record ({reason}); wanted its .hea header and the signal file that this names") from None
-    if signal is None or not len(signal) or not fs > 0:
-        raise InputError(f"{path}: has {0 if signal is None else len(signal)} samples at {fs:g} Hz; wanted an ECG")
+        raise InputError(f"{path}: cannot be read as a WFDB record ({reason}); wanted its .hea "
+                         "header and the signal file that this names") from None
+    n = 0 if signal is None else len(signal)
+    if not n or not fs > 0:
+        raise InputError(f"{path}: has {n} samples at {fs:g} Hz; wanted an ECG")
     row = {(name or "").strip().lower(): i for i, name in reversed(list(enumerate(names)))}
     missing = [lead for lead in LEADS if lead.lower() not in row]
     if missing:
-        raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(map(str, names))}); wanted {', '.join(LEADS)}")
+        raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(map(str, names))}); "
+                         f"wanted {', '.join(LEADS)}")
     rows = [row[lead.lower()] for lead in LEADS]
-    for i in rows:
-        if (units[i] or "").strip().lower() not in MILLIVOLTS:
-            raise InputError(f"{path}: lead {names[i]} is in {units[i]!r}, which is no voltage; wanted mV, uV, nV or V")
-    scale = np.array([MILLIVOLTS[units[i].strip().lower()] for i in rows])
-    return (signal[:, rows] * scale).T.astype(np.float32), fs
+    scale = [MILLIVOLTS.get((units[i] or "").strip().lower()) for i in rows]
+    if None in scale:
+        i = rows[scale.index(None)]
+        raise InputError(f"{path}: lead {names[i]} is in {units[i]!r}, which is no voltage; wanted "
+                         "mV, uV, nV or V")
+    return (signal[:, rows] * np.array(scale)).T.astype(np.float32), fs
+
+
+def preprocess(signal, fs, how="filter"):
+    """(12, n) in millivolts at `fs` Hz -> float32 (12, 5000): 10 s at 500 Hz, shorter records
+    zero-padded at the end.
+
+    how: "filter" (`remove_noise`, then z-score over all leads at once), "zscore" (the last step
+    alone) or "raw" (millivolts). Missing samples (NaN) are interpolated, other rates resampled and
+    the rest is cut off first. Normalised flat records are zeros. Raises InputError for a record
+    that is no ECG: wrong shape, too short to filter, infinite or huge samples.
+    """
+    x = np.asarray(signal)
+    check_preprocessing(how)
+    if x.ndim != 2 or len(x) != len(LEADS) or not x.shape[1] or not 0 < fs < np.inf:
+        raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (12, n) at a positive "
+                         "rate")
+    # 10 s, and one more for the filter that resamples
+    x = x[:, :math.ceil(11 * min(fs, MAX_FS))].astype(np.float64)
+    if not np.abs(x[~np.isnan(x)]).max(initial=0) <= MAX_MILLIVOLTS:
+        raise InputError(f"holds infinite samples or such beyond {MAX_MILLIVOLTS:g} mV; wanted an "
+                         "ECG in millivolts")
+    x = np.stack([fill_gaps(lead) for lead in x])
+    x = resample(x, fs)[:, :SAMPLES]
+    if how == "filter":
+        x = remove_noise(x)
+    if how != "raw":
+        std = x.std()
+        x = (x - x.mean()) / (std + 1e-8) if std >= 1e-6 else np.zeros_like(x)
+    out = np.zeros((len(LEADS), SAMPLES), np.float32)
+    out[:, :x.shape[1]] = x
+    return out
 
 
 def fill_gaps(lead):
-    """One lead (n,) with its missing samples (NaN) interpolated: linearly, by the nearest value at the ends, else by 0."""
+    """One lead (n,) with its missing samples (NaN) interpolated: linearly, by the nearest value at
+    the ends, else by 0."""
     missing = np.isnan(lead)
     if not missing.any():
         return lead
@@ -216,284 +290,196 @@ def fill_gaps(lead):
     return np.interp(time, time[~missing], lead[~missing])
 
 
-def preprocess(signal, fs, how="filter"):
-    """(12, n) in millivolts at `fs` Hz -> float32 (12, 5000): 10 s at 500 Hz, shorter records zero-padded at the end.
+def resample(x, fs):
+    """(12, n) at `fs` Hz -> (12, n 500 / fs) at 500 Hz."""
+    from scipy.signal import resample_poly
+    if fs == FS:
+        return x
+    if not MIN_FS <= fs <= MAX_FS:
+        raise InputError(f"a sampling rate of {fs} Hz; wanted {MIN_FS} to {MAX_FS} Hz")
+    ratio = Fraction(FS / fs).limit_denominator(1000)
+    # Beyond its ends a lead goes on along the line between its first and last sample, as zeros
+    # there would be a step.
+    ends = "line" if x.shape[1] > 1 else "constant"
+    return resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype=ends)
 
-    how: "filter" (as ECGFounder was trained: zero-phase 50 Hz notch, Q 30; zero-phase Butterworth band-pass of order 4,
-    0.67-40 Hz; running median of 0.4 s subtracted; z-score over all leads at once), "zscore" (the last step alone) or
-    "raw" (millivolts). Missing samples (NaN) are interpolated, other rates resampled and the rest is cut off first.
-    Normalised flat records are zeros. Raises InputError for a record that is no ECG: wrong shape, too short to filter,
-    infinite or huge samples.
-    """
+
+def remove_noise(x):
+    """(12, n) at 500 Hz -> the same, filtered as ECGFounder's training data were: zero-phase 50 Hz
+    notch (Q 30); zero-phase Butterworth band-pass of order 4, 0.67-40 Hz; minus the running median
+    of 0.4 s."""
     from scipy import ndimage, signal as dsp
-    x = np.asarray(signal)
-    check_preprocessing(how)
-    if x.ndim != 2 or len(x) != len(LEADS) or not x.shape[1] or not 0 < fs < np.inf:
-        raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (12, n) at a positive rate")
-    x = x[:, :math.ceil(11 * min(fs, MAX_FS))].astype(np.float64)  # 10 s, and one more for the filter that resamples
-    if not np.abs(np.nan_to_num(x, posinf=np.inf, neginf=-np.inf)).max() <= MAX_MILLIVOLTS:
-        raise InputError(f"holds infinite samples or such beyond {MAX_MILLIVOLTS:g} mV; wanted an ECG in millivolts")
-    x = np.stack([fill_gaps(lead) for lead in x])
-    if fs != FS:
-        if not MIN_FS <= fs <= MAX_FS:
-            raise InputError(f"a sampling rate of {fs} Hz; wanted {MIN_FS} to {MAX_FS} Hz")
-        ratio = Fraction(FS / fs).limit_denominator(1000)
-        # Beyond its ends a lead goes on along the line between its first and last sample: zeros there would be a step.
-        ends = "line" if x.shape[1] > 1 else "constant"
-        x = dsp.resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype=ends)
-    x = x[:, :SAMPLES]
-    if how == "filter":
-        if x.shape[1] < BASELINE_WINDOW:
-            raise InputError(f"is {x.shape[1] / FS:g} s long; wanted at least {BASELINE_WINDOW / FS:g} s to filter it")
-        x = dsp.filtfilt(*dsp.iirnotch(50, 30, FS), x)
-        x = dsp.sosfiltfilt(dsp.butter(4, (0.67, 40), "bandpass", fs=FS, output="sos"), x)
-        # One lead at a time: SciPy's fast running median is the one for 1-D arrays.
-        x = x - np.stack([ndimage.median_filter(lead, BASELINE_WINDOW, mode="constant") for lead in x])
-    if how != "raw":
-        std = x.std()
-        x = (x - x.mean()) / (std + 1e-8) if std >= 1e-6 else np.zeros_like(x)
-    out = np.zeros((len(LEADS), SAMPLES), np.float32)
-    out[:, :x.shape[1]] = x
-    return out
+    if x.shape[1] < BASELINE_WINDOW:
+        raise InputError(f"is {x.shape[1] / FS:g} s long; wanted at least {BASELINE_WINDOW / FS:g} "
+                         "s to filter it")
+    x = dsp.filtfilt(*dsp.iirnotch(50, 30, FS), x)
+    x = dsp.sosfiltfilt(dsp.butter(4, (0.67, 40), "bandpass", fs=FS, output="sos"), x)
+    # One lead at a time: SciPy's fast running median is the one for 1-D arrays.
+    median = [ndimage.median_filter(lead, BASELINE_WINDOW, mode="constant") for lead in x]
+    return x - np.stack(median)
 
 
-# ----------------------------------------------------------------------------------------------------------------- cache
+def check_preprocessing(how):
+    if how not in PREPROCESSING:
+        raise InputError(f"preprocessing {how!r} is unknown; wanted one of "
+                         f"{', '.join(PREPROCESSING)}")
 
-class Cache(NamedTuple):
-    signals: np.ndarray     # (N, 12, 5000) float16, memory-mapped, read only
-    row: dict               # ecg_id -> row of signals, for the records that could be read
 
+def load_signal(path, how):
+    """A record as the cache keeps it: float16 (12, 5000). Raises InputError that names the path."""
+    signal, fs = read_record(path)
+    try:
+        return preprocess(signal, fs, how).astype(np.float16)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+# -------------------------------------------------------------------------------------------- cache
 
 class CacheFiles(NamedTuple):
-    array: Path             # the finished array
-    about: Path             # its description; written last, so that an array without it does not count
-    part: Path              # the array while it is built
-    log: Path               # what is being built (a line of JSON), then the numbers of the rows that are done
-    unreadable: Path        # csv of the records that could not be read
+    array: Path         # float16 (N, 12, 5000), once every record has been tried
+    part: Path          # the array until then
+    marks: Path         # bool (N,): which rows hold their record; each set after the row's bytes
+    plan: Path          # what the array is made of, as JSON; written before the first row
+    unreadable: Path    # csv of the records that could not be read
 
 
 def cache_files(root, how):
     check_preprocessing(how)
-    return CacheFiles(*(Path(root, "cache", how + end) for end in (".npy", ".json", ".part.npy", ".part.log", ".unreadable.csv")))
+    ends = (".npy", ".part.npy", ".marks.npy", ".json", ".unreadable.csv")
+    return CacheFiles(*(Path(root, "cache", how + end) for end in ends))
 
 
-def source_of(root, how):
-    """What a cache must have been made of to be up to date, and the records' paths."""
+def plan_cache(root, how):
+    """What an up-to-date cache is made of, as plain data."""
     rows, ecg_id = read_database(root)
-    names = [row["filename_hr"] for row in rows]
-    for name in names:
+    for i, row in enumerate(rows):
+        name = row["filename_hr"]
         if not name or os.path.isabs(name) or ".." in Path(name).parts:
-            raise InputError(f"{Path(root, TABLES[0])}: filename_hr is {name!r}; wanted a path inside {root}")
-    return {"layout": LAYOUT, "preprocessing": how, "shape": [len(rows), len(LEADS), SAMPLES], "fs": FS,
-            "leads": list(LEADS), "ecg_ids": ecg_id.tolist(), "source": names}, [Path(root, name) for name in names]
+            raise bad_cell(root, i, row, "filename_hr", f"a path inside {root}")
+    return {"layout": LAYOUT, "preprocessing": how, "shape": [len(rows), len(LEADS), SAMPLES],
+            "fs": FS, "leads": list(LEADS), "ecg_ids": ecg_id.tolist(),
+            "source": [row["filename_hr"] for row in rows]}
 
 
-def parse_description(text, source):
-    """A cache's description, or None where it is damaged, of another layout or of other records."""
+def open_cache(array, files, plan):
+    """(signals, marks) of a cache that is, or is being, made as planned; None where there is no
+    such cache, or a damaged one."""
     try:
-        description = json.loads(text)
-        return description if all(description[key] == value for key, value in source.items()) else None
-    except (ValueError, KeyError, TypeError):
-        return None
-
-
-def read_description(files, source):
-    """The finished cache's description, or None where there is no such cache of `source`, or it is damaged."""
-    if not (files.about.exists() and is_array(files.array, source)):
-        return None
-    description = parse_description(files.about.read_text(errors="replace"), source)
-    return description if description and "unreadable" in description else None
-
-
-def is_array(path, source):
-    """Whether `path` is a whole array of the shape that `source` asks for."""
-    try:
-        array = np.load(path, mmap_mode="r")
-        return array.shape == tuple(source["shape"]) and array.dtype == np.float16
+        if json.loads(files.plan.read_text()) != plan:
+            return None
+        signals, marks = (np.load(path, mmap_mode="r") for path in (array, files.marks))
     except (OSError, ValueError, EOFError):
-        return False
-
-
-def load_cache(root, how="filter"):
-    """The finished cache as Cache. Raises InputError where there is none or it is not up to date."""
-    files = cache_files(root, how)
-    description = read_description(files, source_of(root, how)[0])
-    if description is None:
-        raise InputError(f"{files.array}: missing or out of date; `python data.py --data {root} --preprocess {how}` builds it")
-    unreadable = {ecg_id for ecg_id, _, _ in description["unreadable"]}
-    row = {ecg_id: i for i, ecg_id in enumerate(description["ecg_ids"]) if ecg_id not in unreadable}
-    return Cache(np.load(files.array, mmap_mode="r"), row)
-
-
-def align(labels, cache):
-    """Labels -> (the labels whose record is in the cache, its rows (n,))."""
-    there = np.array([i in cache.row for i in labels.ecg_id.tolist()], bool)
-    labels = Labels(*(field[there] for field in labels[:4]), labels.classes)
-    return labels, np.array([cache.row[i] for i in labels.ecg_id.tolist()], np.int64)
+        return None
+    whole = signals.shape == tuple(plan["shape"]) and len(marks) == len(signals)
+    return (signals, marks) if whole else None
 
 
 def build_cache(root, how="filter", workers=None, skip_unreadable=False):
-    """Preprocess every record of ptbxl_database.csv once into <root>/cache/<how>.npy and describe it in <how>.json.
+    """Preprocess every record of ptbxl_database.csv once into <root>/cache/<how>.npy.
 
-    Up to date, it returns at once. Killed and started again it goes on from what is done, with the same bytes at the end.
-    Unreadable records are listed and the rest is done; then InputError is raised, unless `skip_unreadable` accepts a cache
-    without them. Every later build tries them again.
+    Up to date, it returns at once. Killed and started again, it goes on from what is done, with
+    the same bytes at the end. Unreadable records are listed and the rest is done; then InputError
+    is raised, unless `skip_unreadable` accepts a cache without them; each later build tries them
+    again.
     """
-    files, (source, paths) = cache_files(root, how), source_of(root, how)
-    if up_to_date(files, source, paths, how, skip_unreadable):
+    files, plan = cache_files(root, how), plan_cache(root, how)
+    found = open_cache(files.array, files, plan)
+    if found and found[1].all():
         return
     try:
         files.array.parent.mkdir(exist_ok=True)
     except OSError as error:
-        raise InputError(f"{files.array.parent}: {error.strerror.lower()}; the cache is kept there, remove what is in its way, or copy "
-                         "the data to a folder that can be written to") from None
-    with locked(files.array.parent, [f"{how}.*"]):  # a second build waits here, and then finds the work done
-        if up_to_date(files, source, paths, how, skip_unreadable):
-            return
-        done = open_part(files, source)
-        unreadable = fill_part(files, paths, done, how, workers or os.cpu_count())
-        unreadable = [(source["ecg_ids"][row], source["source"][row], why) for row, why in sorted(unreadable)]
+        raise InputError(f"{files.array.parent}: {error.strerror.lower()}; the cache is kept "
+                         "there, remove what is in its way, or copy the data to a folder that can "
+                         "be written to") from None
+    with locked(files.array.parent, [f"{how}.*"]):  # a second build waits here
+        unreadable = fill(files, plan, root, workers or os.cpu_count())
         if unreadable:
             write_atomically(files.unreadable, lambda path: write_listing(path, unreadable))
             if not skip_unreadable:
-                raise unreadable_error(files, unreadable)
+                raise InputError(f"{unreadable[0][2]}; all {len(unreadable)} records that cannot "
+                                 f"be read are listed in {files.unreadable}, the others are "
+                                 "cached; fetch them again and run this again, or leave them out "
+                                 "with --skip-unreadable")
         else:
             files.unreadable.unlink(missing_ok=True)
         if files.part.exists():
             os.replace(files.part, files.array)
-        about = json.dumps({**source, "unreadable": unreadable, "versions": versions()})
-        write_atomically(files.about, lambda path: path.write_text(about))
-        files.log.unlink(missing_ok=True)
 
 
-def up_to_date(files, source, paths, how, skip_unreadable):
-    """Whether the finished cache can be used as it is; one built without some records only while they stay unreadable.
-
-    Raises InputError, touching nothing, where they do and `skip_unreadable` does not accept that.
-    """
-    description = read_description(files, source)
-    if description is None:
-        return False
-    missing = {ecg_id for ecg_id, _, _ in description["unreadable"]}
-    if any(readable(path, how) for ecg_id, path in zip(source["ecg_ids"], paths) if ecg_id in missing):
-        return False
-    if missing and not skip_unreadable:
-        raise unreadable_error(files, description["unreadable"])
-    return True
-
-
-def write_listing(path, unreadable):
-    with open(path, "w", newline="") as f:
-        csv.writer(f).writerows([("ecg_id", "filename_hr", "reason"), *unreadable])
-
-
-def unreadable_error(files, unreadable):
-    return InputError(f"{len(unreadable)} record{'s' * (len(unreadable) > 1)} cannot be read, the first is {unreadable[0][2]}; all are listed in {files.unreadable}, "
-                      "the others are cached; fetch them again and run this again, or leave them out with --skip-unreadable")
-
-
-def readable(path, how):
-    try:
-        prepare(path, how)
-        return True
-    except InputError:
-        return False
-
-
-@contextmanager
-def locked(folder, names, busy=None):
-    """Keep other processes from writing the files `names` (glob patterns) of `folder`: wait for them, or raise InputError(busy).
-
-    Temporary files of these names, which a killed process may have left, are removed.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        raise InputError("this system has no file locks for Python (fcntl); wanted Linux or macOS, on Windows inside WSL") from None
-    with open(Path(folder, ".lock"), "w") as lock:  # a file, open for writing, as network file systems want it
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB if busy else fcntl.LOCK_EX)
-        except BlockingIOError:
-            raise InputError(f"{folder}: {busy}") from None
-        for name in names:
-            for path in Path(folder).glob(f".[0-9]*.{name}"):
-                path.unlink(missing_ok=True)
-        yield
-
-
-def open_part(files, source):
-    """Make `part` and `log` ready to go on from and return the set of rows that are done. Raises InputError if the disk is full."""
-    n, done, description = source["shape"][0], set(), read_description(files, source)
-    text = files.log.read_text(errors="replace") if files.log.exists() else ""
-    first, *lines = text.split("\n")[:-1] or [""]  # a torn last line does not count
-    logged = {int(line) for line in lines if line.isdecimal() and int(line) < n}
-    if parse_description(first, source) is not None and (is_array(files.part, source) or len(logged) == n and is_array(files.array, source)):
-        done = logged
-    elif description is not None:  # finished without its unreadable records: only those are to do
-        bad = {ecg_id for ecg_id, _, _ in description["unreadable"]}
-        done = {row for row, ecg_id in enumerate(source["ecg_ids"]) if ecg_id not in bad}
-        files.log.unlink(missing_ok=True)
-        files.about.unlink()
-        os.replace(files.array, files.part)
-    else:
-        files.log.unlink(missing_ok=True)
-        files.about.unlink(missing_ok=True)
-        size = np.lib.format.open_memmap(files.part, "w+", np.float16, tuple(source["shape"])).nbytes
-        try:
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                with open(files.part, "r+b") as f:
-                    os.posix_fallocate(f.fileno(), 0, files.part.stat().st_size)
-        except OSError as error:
-            files.part.unlink()
-            raise InputError(f"{files.array}: {error.strerror}; it wants {size / 1e9:.2g} GB there, make room and run it again") from None
-    lines = [json.dumps(source), *map(str, sorted(done))]
-    write_atomically(files.log, lambda path: path.write_text("\n".join(lines) + "\n"))  # it vouches for the part, so it comes last
-    return done
-
-
-def fill_part(files, paths, done, how, workers):
-    """Do the rows that are left, logging them only once their bytes are on the disk; returns [(row, why it cannot be read)]."""
+def fill(files, plan, root, workers):
+    """Write the rows that are not marked; returns [(ecg_id, name, why it cannot be read)]."""
     from tqdm import tqdm
-    jobs = [(row, path) for row, path in enumerate(paths) if row not in done]
-    if not jobs:
-        return []
-    unreadable, offset = [], np.load(files.part, mmap_mode="r").offset
-    with tqdm(total=len(paths), initial=len(done), unit="record", desc=f"cache {how}", disable=None) as bar, \
-            open(files.part, "r+b") as part, open(files.log, "a") as log:
-        for results in run_jobs(jobs, files.part, offset, how, workers):
-            os.fsync(part.fileno())
-            log.write("".join(f"{row}\n" for row, why in results if why is None))
-            log.flush()
-            unreadable += [(row, why) for row, why in results if why is not None]
+    array = files.array if open_cache(files.array, files, plan) else files.part
+    if open_cache(array, files, plan) is None:
+        begin_cache(files, plan)
+    ids, names, how = plan["ecg_ids"], plan["source"], plan["preprocessing"]
+    marks = np.lib.format.open_memmap(files.marks, "r+")
+    todo = np.flatnonzero(~marks).tolist()
+    jobs = [(array, how, [(row, Path(root, names[row])) for row in todo[i:i + CHUNK]])
+            for i in range(0, len(todo), CHUNK)]
+    bar = tqdm(None, f"cache {how}", len(ids), unit="record", initial=len(ids) - len(todo),
+               disable=None)
+    unreadable = []
+    with bar, open(array, "r+b") as written:
+        for results in run_jobs(write_records, jobs, workers):
+            os.fsync(written.fileno())
+            marks[[row for row, why in results if why is None]] = True
+            marks.flush()
+            unreadable += [(ids[row], names[row], why) for row, why in results if why]
             bar.update(len(results))
     return unreadable
 
 
-def run_jobs(jobs, part, offset, how, workers):
-    """write_records over chunks of `jobs` in `workers` processes; yields each chunk's results as they come."""
-    chunks = [jobs[i:i + CHUNK] for i in range(0, len(jobs), CHUNK)]
-    if workers == 1 or len(chunks) == 1:
-        yield from (write_records(chunk, part, offset, how) for chunk in chunks)
+def begin_cache(files, plan):
+    """Make an empty array and its marks. Raises InputError if the disk is too full."""
+    for path in (files.plan, files.array, files.part):
+        path.unlink(missing_ok=True)
+    size, free = 2 * math.prod(plan["shape"]), shutil.disk_usage(files.part.parent).free
+    if size > free:
+        raise InputError(f"{files.array}: no space left: it wants {size / 1e9:.2g} GB and finds "
+                         f"{free / 1e9:.2g}; make room and run this again")
+    np.lib.format.open_memmap(files.part, "w+", np.float16, tuple(plan["shape"]))
+    np.lib.format.open_memmap(files.marks, "w+", bool, (plan["shape"][0],))
+    write_atomically(files.plan, lambda path: path.write_text(json.dumps(plan)))
+
+
+def write_records(array, how, records):
+    """Write the records [(row, path)] into the array's file; returns [(row, None or why it cannot
+    be read)]."""
+    results, offset = [], np.load(array, mmap_mode="r").offset
+    with open(array, "r+b") as f:
+        for row, path in records:
+            try:
+                block = load_signal(path, how).tobytes()
+            except InputError as error:
+                results.append((row, str(error)))
+                continue
+            f.seek(offset + row * len(block))
+            f.write(block)
+            results.append((row, None))
+    return results
+
+
+def run_jobs(function, jobs, workers):
+    """function(*job) of the jobs in `workers` processes; yields the results in order."""
+    if workers == 1 or len(jobs) < 2:
+        yield from (function(*job) for job in jobs)
         return
-    import multiprocessing
-    import wfdb, scipy.signal, scipy.ndimage  # noqa: E401,F401  once here rather than in every worker
-    pool = ProcessPoolExecutor(min(workers, len(chunks)), multiprocessing.get_context("fork"), end_with_parent)
+    fork = multiprocessing.get_context("fork")
     try:
-        for future in as_completed([pool.submit(write_records, chunk, part, offset, how) for chunk in chunks]):
-            yield future.result()
+        with ProcessPoolExecutor(min(workers, len(jobs)), fork, end_with_parent) as pool:
+            yield from pool.map(function, *zip(*jobs))
     except BrokenProcessPool:
-        raise InputError("a worker was killed, for want of memory perhaps; run the same command again, "
-                         "it goes on from what is done (fewer --workers need less memory)") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        raise InputError("a worker was killed, for want of memory perhaps; run the same command "
+                         "again, it goes on from what is done (fewer --workers need less "
+                         "memory)") from None
 
 
 def end_with_parent():
     """In a worker: end as soon as the building process does, however it ended."""
-    import multiprocessing
-    import signal
-    import threading
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def watch():
@@ -503,60 +489,55 @@ def end_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
-def write_records(jobs, part, offset, how):
-    """Write the records `jobs` [(row, path)] into the array's file; returns [(row, None or why it cannot be read)]."""
-    results = []
-    with open(part, "r+b") as f:
-        for row, path in jobs:
-            try:
-                block = prepare(path, how).tobytes()
-                f.seek(offset + row * len(block))
-                f.write(block)
-                results.append((row, None))
-            except InputError as error:
-                results.append((row, str(error)))
-    return results
+def write_listing(path, unreadable):
+    with open(path, "w", newline="") as f:
+        csv.writer(f).writerows([("ecg_id", "filename_hr", "reason"), *unreadable])
 
 
-def prepare(path, how):
-    """A record as the cache keeps it: float16 (12, 5000). Raises InputError that names the path."""
-    signal, fs = read_record(path)
-    try:
-        return preprocess(signal, fs, how).astype(np.float16)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+def load_records(root, task, how="filter"):
+    """(Labels, signals, rows): the task's records that are in the cache. The signal of record i is
+    signals[rows[i]], of the memory-mapped array (N, 12, 5000), read only.
+
+    Raises InputError where there is no cache or it is not up to date.
+    """
+    labels, files, plan = load_labels(root, task), cache_files(root, how), plan_cache(root, how)
+    found = open_cache(files.array, files, plan)
+    if found is None:
+        raise InputError(f"{files.array}: missing or out of date; `python data.py --data {root} "
+                         f"--preprocess {how}` builds it")
+    signals, marks = found
+    row = {ecg_id: i for i, ecg_id in enumerate(plan["ecg_ids"]) if marks[i]}
+    there = np.array([i in row for i in labels.ecg_id.tolist()], bool)
+    labels = Labels(*(field[there] for field in labels[:4]), labels.classes)
+    return labels, signals, np.array([row[i] for i in labels.ecg_id.tolist()], np.int64)
 
 
-def write_atomically(path, write):
-    """Call `write` with a temporary path beside `path`, then give the file its name: it is complete or absent."""
-    path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        with open(temporary, "r+b") as f:
-            os.fsync(f.fileno())  # so that not even a power failure leaves an empty file under the final name
-        os.replace(temporary, path)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk's error names no file
-    finally:
-        temporary.unlink(missing_ok=True)
+class PTBXL(torch.utils.data.Dataset):
+    """A task's records of some folds, for a DataLoader: signal (12, 5000) and y (L,), float32.
 
+        build_cache("ptbxl")
+        train = PTBXL("ptbxl", "all71", folds=TRAIN_FOLDS)
+    """
 
-def versions():
-    import scipy
-    import wfdb
-    return {"numpy": np.__version__, "scipy": scipy.__version__, "wfdb": wfdb.__version__}
+    def __init__(self, root, task, folds, how="filter"):
+        labels, self.signals, rows = load_records(root, task, how)
+        chosen = np.isin(labels.fold, folds)
+        self.rows, self.y, self.classes = rows[chosen], labels.y[chosen], labels.classes
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        signal = self.signals[self.rows[i]].astype(np.float32)
+        return torch.from_numpy(signal), torch.from_numpy(self.y[i].astype(np.float32))
 
 
 def batches(signals, rows, device="cpu"):
     """For each array of row numbers in `rows`: those of `signals` as a float32 tensor on `device`.
 
-    signals: a tensor, used where it is, or the cache's memory map; then a thread reads (and for a GPU pins and sends) the
-    next batch while the caller works on this one.
+    signals: a tensor, used where it is, or the cache's memory map; then a thread reads (and for a
+    GPU pins and sends) the next batch while the caller works on this one.
     """
-    import torch
     if isinstance(signals, torch.Tensor):
         for index in rows:
             yield signals.index_select(0, torch.as_tensor(index, device=signals.device)).float()
@@ -579,94 +560,137 @@ def batches(signals, rows, device="cpu"):
             yield ahead.result().float()
 
 
-# -------------------------------------------------------------------------------------------------------------- download
+# -------------------------------------------------------------------------------------------- files
 
-def sha256(path):
-    import hashlib
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+@contextmanager
+def locked(folder, names, busy=None):
+    """Keep other processes from writing the files `names` (glob patterns) of `folder`: wait for
+    them, or raise InputError(busy).
+
+    Temporary files of these names, which a killed process may have left, are removed.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise InputError("this system has no file locks for Python (fcntl); wanted Linux or macOS, "
+                         "on Windows inside WSL") from None
+    with open(Path(folder, ".lock"), "w") as lock:  # open for writing, as network disks want it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise InputError(f"{folder}: {busy}") from None
+        for name in names:
+            for path in Path(folder).glob(f".[0-9]*.{name}"):
+                path.unlink(missing_ok=True)
+        yield
 
 
-def is_right(path, digest):
-    return path.exists() and sha256(path) == digest
+def write_atomically(path, write):
+    """Call `write` with a temporary path beside `path`, then give the file its name: it is complete
+    or absent."""
+    path = Path(path)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        with open(temporary, "r+b") as f:
+            os.fsync(f.fileno())  # so that a power failure leaves no empty file under the name
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names no file
+    finally:
+        temporary.unlink(missing_ok=True)
 
+
+def versions():
+    import scipy
+    import wfdb
+    return {"numpy": np.__version__, "scipy": scipy.__version__, "wfdb": wfdb.__version__}
+
+
+# ----------------------------------------------------------------------------------------- download
 
 def download(root, url=URL):
-    """Fetch PTB-XL's zip, unpack the 500 Hz records and the two tables into `root` and check them against SHA256SUMS.txt.
+    """Fetch PTB-XL's zip, unpack its 500 Hz records and two tables into `root` and check them
+    against SHA256SUMS.txt.
 
-    Files that are there and right are not written again, and where all are, nothing is fetched. The zip is removed at the
-    end. Raises InputError for a zip that is damaged or lacks a file, and for a file whose hash is not the published one.
+    Files that are there and right are not written again, and where all are, nothing is fetched.
+    The zip is removed at the end. Raises InputError for a zip that is damaged or lacks a file, and
+    for a file whose hash is not the published one.
     """
-    import torch.hub
     import zipfile
     import zlib
     from http.client import HTTPException
-    root, sums = Path(root), Path(root, "SHA256SUMS.txt")
-    if sums.exists() and all(is_right(root / name, digest) for name, digest in wanted_files(sums.read_text(errors="replace"), sums).items()):
-        return
+    root, archive = Path(root), Path(root, "ptb-xl.zip")
+    if (root / SUMS).exists():
+        wanted = wanted_files((root / SUMS).read_text(errors="replace"), root / SUMS)
+        if all(is_right(root / name, digest) for name, digest in wanted.items()):
+            return
     root.mkdir(parents=True, exist_ok=True)
-    archive = root / "ptb-xl.zip"
     if not archive.exists():
         try:
             torch.hub.download_url_to_file(url, str(archive))
         except (OSError, ValueError, HTTPException) as error:
-            raise InputError(f"{url}: cannot be fetched ({line_of(error)}); run the same command again, or --url for a mirror") from None
+            raise InputError(f"{url}: cannot be fetched ({line_of(error)}); run the same command "
+                             "again, or --url for a mirror") from None
     try:
-        unpack(archive, root)
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        with zipfile.ZipFile(archive) as z:
+            unpack(z, root)
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         archive.unlink()
-        raise InputError(f"{url}: the zip came damaged ({error}) and was removed; run the same command again") from None
+        raise InputError(f"{url}: not PTB-XL 1.0.3's zip, or damaged ({error}), and removed; run "
+                         "the same command again") from None
     archive.unlink()
 
 
+def unpack(z, root):
+    """Raises KeyError for a file that the zip lacks, BadZipFile for one with another hash."""
+    from tqdm import tqdm
+    from zipfile import BadZipFile
+    sums = min((name for name in z.namelist() if Path(name).name == SUMS), key=len, default=SUMS)
+    text, prefix = z.read(sums), sums[:-len(SUMS)]
+    wanted = wanted_files(text.decode(errors="replace"), z.filename)
+    for name, digest in tqdm(wanted.items(), "unpack", unit="file", disable=None):
+        if is_right(root / name, digest):
+            continue
+        content = z.read(prefix + name)
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise BadZipFile(f"{name} does not have the hash of {SUMS}")
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(root / name, lambda path: path.write_bytes(content))
+    write_atomically(root / SUMS, lambda path: path.write_bytes(text))
+
+
 def wanted_files(text, where):
-    """SHA256SUMS.txt -> {name: hash} of the 500 Hz records and the two tables; only such names are ever written."""
-    pairs = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-    wanted = {p[1].strip().lstrip("*"): p[0] for p in pairs if len(p) == 2}
-    wanted = {name: digest for name, digest in wanted.items()
-              if name in TABLES or re.fullmatch(r"records500/\d{5}/\d{5}_hr\.(dat|hea)", name)}
-    if not set(TABLES) <= set(wanted):
-        raise InputError(f"{where}: does not list {TABLES[0]} and {TABLES[1]}; wanted PTB-XL 1.0.3's SHA256SUMS.txt, remove it and run again")
+    """SHA256SUMS.txt -> {name: hash} of the 500 Hz records and the two tables; only such names are
+    ever written."""
+    pairs = re.findall(r"^([0-9a-f]{64}) [ *]?(\S+)\s*$", text, re.MULTILINE)
+    wanted = {name: digest for digest, name in pairs if name in (DATABASE, STATEMENTS)
+              or re.fullmatch(r"records500/\d{5}/\d{5}_hr\.(dat|hea)", name)}
+    if not {DATABASE, STATEMENTS} <= set(wanted):
+        raise InputError(f"{where}: its {SUMS} does not list {DATABASE} and {STATEMENTS}; wanted "
+                         "PTB-XL 1.0.3's, remove the file and run this again")
     return wanted
 
 
-def unpack(archive, root):
-    import hashlib
-    import zipfile
-    from tqdm import tqdm
-    with zipfile.ZipFile(archive) as z:
-        tables = [name for name in z.namelist() if name.rpartition("/")[2] == "SHA256SUMS.txt"]
-        if not tables:
-            raise InputError(f"{archive}: holds no SHA256SUMS.txt; wanted PTB-XL 1.0.3's zip, remove it and run again")
-        prefix = min(tables, key=len)[:-len("SHA256SUMS.txt")]
-        text = z.read(prefix + "SHA256SUMS.txt")
-        members = set(z.namelist())
-        for name, digest in tqdm(wanted_files(text.decode(errors="replace"), archive).items(), "unpack", unit="file", disable=None):
-            target = root / name
-            if is_right(target, digest):
-                continue
-            if prefix + name not in members:
-                raise InputError(f"{archive}: lacks {name}; wanted PTB-XL 1.0.3's zip, remove it and run again")
-            content = z.read(prefix + name)
-            if hashlib.sha256(content).hexdigest() != digest:
-                raise InputError(f"{archive}: {name} does not have the hash of SHA256SUMS.txt; remove the zip and run again")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(target, lambda path: path.write_bytes(content))
-        write_atomically(root / "SHA256SUMS.txt", lambda path: path.write_bytes(text))
+def is_right(path, digest):
+    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
+
+# ------------------------------------------------------------------------------------- command line
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", default="ptbxl", help="PTB-XL's folder (default: ptbxl)")
-    parser.add_argument("--preprocess", choices=PREPROCESSING, default="filter",
-                        help="default: filter, what ECGFounder's authors demand")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    parser.add_argument("--skip-unreadable", action="store_true", help="finish the cache without records that cannot be read")
-    parser.add_argument("--download", action="store_true", help="fetch PTB-XL 1.0.3 into the folder first")
-    parser.add_argument("--url", default=URL, help="the zip to fetch (default: PhysioNet's)")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("--data", default="ptbxl", help="PTB-XL's folder (default: ptbxl)")
+    add("--preprocess", choices=PREPROCESSING, default="filter",
+        help="default: filter, as ECGFounder's authors demand")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    add("--skip-unreadable", action="store_true",
+        help="finish the cache without records that cannot be read")
+    add("--download", action="store_true", help="fetch PTB-XL 1.0.3 into the folder first")
+    add("--url", default=URL, help="the zip to fetch (default: PhysioNet's)")
     args = parser.parse_args(argv)
     try:
         if args.workers < 1:
@@ -674,15 +698,18 @@ def main(argv=None):
         if args.download:
             download(args.data, args.url)
         build_cache(args.data, args.preprocess, args.workers, args.skip_unreadable)
-        cache = load_cache(args.data, args.preprocess)
-        left_out = len(cache.signals) - len(cache.row)
-        print(f"{cache_files(args.data, args.preprocess).array}: {len(cache.row):,} records, {cache.signals.nbytes / 1e9:.2f} GB"
-              f"{f', {left_out} unreadable ones left out' if left_out else ''}")
+        files = cache_files(args.data, args.preprocess)
+        marks, size = np.load(files.marks), files.array.stat().st_size
+        line = f"{files.array}: {marks.sum():,} records, {size / 1e9:.2f} GB"
+        if not marks.all():
+            line += f", {np.sum(~marks)} unreadable ones left out"
+        print(line)
     except (InputError, OSError) as error:
         sys.stderr.write(f"data.py: {line_of(error)}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("data.py: interrupted; run the same command again, it goes on from what is done\n")
+        sys.stderr.write("data.py: interrupted; run the same command again, it goes on from what "
+                         "is done\n")
         sys.exit(130)
 
 

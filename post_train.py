@@ -44,58 +44,67 @@ INFERENCE_BATCH = 64
 
 # ------------------------------------------------------------------------------------------- recipe
 
-COMMUNITY = "community-derived, as the paper's own value could not be read"
-OFFICIAL = "ECGFounder's official fine-tuning recipe"
-
-
 class Setting(NamedTuple):
-    """A hyper-parameter: its value with --strategy post and with baseline, and their source."""
+    """A hyper-parameter: its value with --strategy post and with baseline, the source of each, and
+    a line for --help (none: not an option)."""
     post: object
     baseline: object
-    source: str
-    help: str
+    sources: tuple
+    help: Optional[str] = None
 
 
+# community: a re-implementation by others, as the paper's own values could not be read. official:
+# ECGFounder's fine-tuning recipe, which has no probe.
 RECIPE = {
-    "probe_epochs": Setting(30, 0, f"{COMMUNITY}; 0: {OFFICIAL}",
+    "probe_epochs": Setting(30, 0, ("community", "official"),
                             "epochs of preview linear probing, 0: none"),
-    "probe_lr": Setting(5e-3, 5e-3, COMMUNITY, "learning rate of the probe, by cosine to 0"),
-    "epochs": Setting(30, 30, f"{COMMUNITY}; an official script's too", "epochs of fine-tuning"),
-    "lr": Setting(5e-4, 1e-4, f"{COMMUNITY}; 1e-4: {OFFICIAL}", "learning rate of fine-tuning"),
-    "layer_decay": Setting(1.0, 1.0, "ours",
-                           "each stage of the network trains at this share of the next one's rate, "
-                           "0 < d <= 1, 1: all at the same"),
-    "drop_path": Setting(0.5, 0.0, f"{COMMUNITY}; 0: {OFFICIAL}",
-                         "share of residual branches dropped, 0 <= p < 1"),
-    "dropout": Setting(0.05, 0.0, f"{COMMUNITY}; 0: {OFFICIAL}", "dropout before the head"),
-    "batch_size": Setting(256, 256, f"{COMMUNITY}; also {OFFICIAL}", "ECGs a step, on all devices"),
+    "probe_lr": Setting(5e-3, 5e-3, ("community", "community"), "learning rate of the probe"),
+    "probe_final_lr": Setting(0.0, 0.0, ("ours", "ours")),
+    "probe_schedule": Setting("cosine", "cosine", ("ours", "ours")),
+    "probe_optimizer": Setting("adamw", "adamw", ("community", "community")),
+    "probe_weight_decay": Setting(0.1, 0.1, ("community", "community")),
+    "epochs": Setting(30, 30, ("community", "an official script"), "epochs of fine-tuning"),
+    "lr": Setting(5e-4, 1e-4, ("community", "official"), "learning rate of fine-tuning"),
+    "final_lr": Setting(1e-5, 0.0, ("community", "official")),
+    "schedule": Setting("cosine", "plateau", ("community", "official")),
+    "optimizer": Setting("adamw", "adam", ("community", "official")),
+    "weight_decay": Setting(0.05, 1e-5, ("community", "official")),
+    "clip": Setting(1.0, None, ("ours", "official")),
+    "layer_decay": Setting(1.0, 1.0, ("ours", "official"),
+                           "each level of the network trains at this share of the next one's rate"),
+    "drop_path": Setting(0.5, 0.0, ("community", "official"),
+                         "share of residual branches dropped in fine-tuning"),
+    "dropout": Setting(0.05, 0.0, ("community", "official"), "dropout before the head"),
+    "batch_size": Setting(256, 256, ("community", "official"), "ECGs a step, on all devices"),
+    "interpolate": Setting(False, False, ("ours", "official"),
+                           "at the end validate the weights between the probe's and the last "
+                           "epoch's too"),
 }
 SHARES = (0.0, 0.25, 0.5, 0.75)  # of fine-tuning, between the probe's weights (0) and the last (1)
 
 
 class Stage(NamedTuple):
-    """How one of the two stages trains."""
+    """How one of the two stages trains: its part of RECIPE."""
     name: str
     epochs: int
+    lr: float
+    final_lr: float
+    schedule: str           # "cosine" from lr to final_lr, or "plateau" on the validation AUROC
     optimizer: str          # "adamw": decoupled weight decay, none on one-dimensional parameters;
                             # "adam": coupled, on all
-    lr: float
     weight_decay: float
-    schedule: str           # "cosine" from lr to final_lr, or "plateau" on the validation AUROC
-    final_lr: float
-    clip: Optional[float]   # of the gradient norm
+    clip: Optional[float] = None    # of the gradient norm
     layer_decay: float = 1.0
 
 
 def stages_of(args):
-    """The two stages of a run. Community-derived: AdamW, its weight decays, the cosine to 1e-5;
-    official: Adam, its weight decay, the plateaus; ours: the probe's cosine to 0, clipping at 1."""
-    probe = Stage("probe", args.probe_epochs, "adamw", args.probe_lr, 0.1, "cosine", 0.0, None)
-    finetune = {
-        "post": Stage("finetune", args.epochs, "adamw", args.lr, 0.05, "cosine", 1e-5, 1.0),
-        "baseline": Stage("finetune", args.epochs, "adam", args.lr, 1e-5, "plateau", 0.0, None),
-    }[args.strategy]
-    return probe, finetune._replace(layer_decay=args.layer_decay)
+    """The two stages of a run: RECIPE's values, or those of the command line."""
+    value = {key: getattr(setting, args.strategy) for key, setting in RECIPE.items()} | vars(args)
+    stages = []
+    for name, prefix in (("probe", "probe_"), ("finetune", "")):
+        fields = [field for field in Stage._fields if prefix + field in value]
+        stages.append(Stage(name, **{field: value[prefix + field] for field in fields}))
+    return stages
 
 
 def learning_rate(stage, progress, aurocs):
@@ -264,8 +273,8 @@ def validate(function, split, device, amp):
     if not math.isfinite(loss):
         raise NonFinite(f"the validation loss is {loss:g}")
     scores = evaluate.auroc_auprc(y.numpy(), evaluate.probabilities(logits))
-    macro = [evaluate.macro(score) for score in scores]
-    return loss, *(None if np.isnan(score) else float(score) for score in macro)
+    auroc, auprc = (evaluate.plain(evaluate.macro(score)) for score in scores)
+    return {"val_loss": loss, "macro_auroc": auroc, "macro_auprc": auprc}
 
 
 # ----------------------------------------------------------------------------------- the two stages
@@ -276,31 +285,23 @@ class Run(NamedTuple):
     device: torch.device
     rank: int
     world: int
+    batch_size: int         # over all processes
     model: network.ECGFounder
     described: dict         # classes, and a digest of the records
     history: list           # the lines of metrics.jsonl
-    last: Optional[dict]    # state of the optimizer and the scaler that it goes on with
-
-    @property
-    def out(self):
-        return Path(self.args.out)
-
-    @property
-    def amp(self):
-        return AMP[self.args.amp]
-
-    def say(self, text):
-        if self.rank == 0:
-            print(text, flush=True)
+    state: dict             # of the optimizer and the scaler that it goes on with
 
     def finished(self, stage):
         """How many epochs of the stage are done."""
         return sum(line["stage"] == stage.name for line in self.history)
 
+    def say(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
 
 def train(args, device, rank=0, world=1):
-    """Train both stages, and interpolate on request, from where the run stands; leaves its files in
-    args.out."""
+    """Train both stages from where the run stands; leaves its files in args.out."""
     described, train_split, val_split = load_splits(args, device)
     run = begin(args, device, rank, world, described, train_split)
     model, (probe, finetune) = run.model, stages_of(args)
@@ -315,36 +316,33 @@ def train(args, device, rank=0, world=1):
     # Stage 2, fine-tuning: everything, with stochastic depth.
     if run.finished(finetune) < finetune.epochs:
         layers = [model.first_conv, *model.stage_list, model.dense]
-        fit(run, finetune, model, layers, on_device(train_split, device), val_split, run.amp)
+        fit(run, finetune, model, layers, on_device(train_split, device), val_split, AMP[args.amp])
 
-    if args.interpolate:
+    if args.interpolate and probe.epochs and finetune.epochs:
         interpolate(run, val_split)
 
 
 def extract_features(run, *splits):
     """Splits of signals -> splits of the network's features (n, 1024), which training keeps on the
     device."""
-    started = time.perf_counter()
-    run.model.eval()
-    found = []
+    started, found, amp = time.perf_counter(), [], AMP[run.args.amp]
     for split in splits:
-        features = infer_all(run.model.forward_features, split, run.device, run.amp)
+        features = infer_all(run.model.eval().forward_features, split, run.device, amp)
         features = torch.from_numpy(features).to(run.device)
-        found.append(Split(features, np.arange(len(split.rows)), split.y))
-    n = sum(len(split.rows) for split in splits)
-    run.say(f"features of {n:,} records in {time.perf_counter() - started:.1f} s")
+        found.append(Split(features, np.arange(len(features)), split.y))
+    n, seconds = sum(len(split.rows) for split in splits), time.perf_counter() - started
+    run.say(f"features of {n:,} records in {seconds:.1f} s")
     return found
 
 
 def fit(run, stage, trained, layers, train_split, val_split, amp):
     """Train the module `trained` through the epochs of `stage` that are left, with checkpoints."""
-    args, device, n = run.args, run.device, len(train_split.rows)
-    batch_size = batch_size_of(run, n)
+    args, device = run.args, run.device
     optimizer = make_optimizer(stage, layers)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     if run.finished(stage):
-        optimizer.load_state_dict(run.last["optimizer"])
-        scaler.load_state_dict(run.last["scaler"])
+        optimizer.load_state_dict(run.state["optimizer"])
+        scaler.load_state_dict(run.state["scaler"])
     net = torch.compile(trained) if args.compile and trained is run.model else trained
     if run.world > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -355,135 +353,98 @@ def fit(run, stage, trained, layers, train_split, val_split, amp):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         torch.manual_seed(epoch_seed(args.seed, stage.name, epoch, 1 + run.rank))
-        order_seed = epoch_seed(args.seed, stage.name, epoch)
-        index = epoch_batches(n, batch_size, order_seed, run.rank, run.world)
-        aurocs = [line["macro_auroc"] for line in run.history if line["stage"] == stage.name]
-        rates = [learning_rate(stage, (epoch + step / len(index)) / stage.epochs, aurocs)
-                 for step in range(len(index))]
+        index, rates = plan_epoch(run, stage, epoch, len(train_split.rows))
         title = None if run.rank else f"{stage.name} {epoch + 1}/{stage.epochs}"
-        try:
-            loss, skipped = train_epoch(net, optimizer, scaler, train_split, index, rates,
-                                        stage.clip, amp, title)
-            training_seconds = time.perf_counter() - started
-            scores = validate(trained.eval(), val_split, device, amp)
-        except NonFinite as error:
-            raise NonFinite(f"{stage.name} epoch {epoch + 1}: {error}") from None
+        loss, skipped = train_epoch(net, optimizer, scaler, train_split, index, rates, stage.clip,
+                                    amp, title)
+        rate = len(index) * run.batch_size / (time.perf_counter() - started)
+        scores = validate(trained.eval(), val_split, device, amp)
         run.history.append({
-            "stage": stage.name, "epoch": epoch + 1, "lr": rates[0], "train_loss": loss,
-            **dict(zip(("val_loss", "macro_auroc", "macro_auprc"), scores)),
-            "seconds": time.perf_counter() - started,
-            "ecgs_per_second": len(index) * batch_size / training_seconds,
+            "stage": stage.name, "epoch": epoch + 1, "lr": rates[0], "train_loss": loss, **scores,
+            "seconds": time.perf_counter() - started, "ecgs_per_second": rate,
             "peak_memory_mb": peak_memory_mb(device)})
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        save_epoch(run, state)
+        save_epoch(run, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         run.say(epoch_line(run.history[-1], stage.epochs, skipped))
+
+
+def plan_epoch(run, stage, epoch, n):
+    """This rank's batches of one epoch over n records, and the learning rate of each."""
+    order_seed = epoch_seed(run.args.seed, stage.name, epoch)
+    index = epoch_batches(n, run.batch_size, order_seed, run.rank, run.world)
+    aurocs = [line["macro_auroc"] for line in run.history if line["stage"] == stage.name]
+    return index, [learning_rate(stage, (epoch + step / len(index)) / stage.epochs, aurocs)
+                   for step in range(len(index))]
 
 
 def interpolate(run, val_split):
     """Validate weights on the line from the probe's end to the last epoch's (WiSE-FT, Wortsman et
     al. 2022); best.pt becomes the best of them where it beats every epoch of fine-tuning."""
-    if run.last and take_over(run):
-        return
-    start = network.read_checkpoint(run.out / "probe.pt")["state_dict"]
-    end = {key: value.clone() for key, value in run.model.state_dict().items()}
-
-    def load(share):
-        run.model.load_state_dict({key: torch.lerp(start[key].to(value), value, share)
-                                   for key, value in end.items()})
-
+    model, amp = run.model, AMP[run.args.amp]
+    start = network.read_checkpoint(Path(run.args.out, "probe.pt"))["state_dict"]
+    end = {key: value.clone() for key, value in model.state_dict().items()}
     for trial, share in enumerate(SHARES, 1):
         started = time.perf_counter()
-        load(share)
-        try:
-            scores = validate(run.model.eval(), val_split, run.device, run.amp)
-        except NonFinite as error:
-            run.say(f"{share:.0%} of fine-tuning  {error}, left out")
-            continue
-        line = {"stage": "interpolate", "epoch": trial, "share": share,
-                **dict(zip(("val_loss", "macro_auroc", "macro_auprc"), scores)),
-                "seconds": time.perf_counter() - started}
-        run.history.append(line)
-        run.say(f"{share:.0%} of fine-tuning  val loss {line['val_loss']:.4f}  {scores_of(line)}  "
-                f"{line['seconds']:.1f} s")
-    best = run.history[best_epoch(run.history, stages_of(run.args))]
+        model.load_state_dict({key: torch.lerp(start[key].to(value), value, share)
+                               for key, value in end.items()})
+        scores = validate(model.eval(), val_split, run.device, amp)
+        run.history.append({"stage": "interpolate", "epoch": trial, "share": share, **scores,
+                            "seconds": time.perf_counter() - started})
+        save_best(run)
+        run.say(f"{share:.0%} of fine-tuning  {scores_of(run.history[-1])}")
     if run.rank == 0:
-        if best["stage"] == "interpolate":
-            load(best["share"])
-            save(run.out / "best.pt", {**make_checkpoint(run), **best})
-        write_history(run.out, run.history)
-
-
-def take_over(run):
-    """Whether best.pt is an interpolation's already, as where a run ended just before its test."""
-    best = evaluate.load_checkpoint(run.out / "best.pt")[1]
-    if best["stage"] != "interpolate":
-        return False
-    run.history[:] = best["history"]
-    if run.rank == 0:
-        write_history(run.out, run.history)
-    return True
+        write_history(run)
 
 
 # ------------------------------------------------------------------------------------ a run's state
 
 def begin(args, device, rank, world, described, train_split):
     """The run at its beginning, or as --resume finds it."""
+    n = len(train_split.rows)
+    batch_size = min(args.batch_size, n) // world * world
+    if not batch_size:
+        raise InputError(f"{n} training records and batch size {args.batch_size} for {world} "
+                         "processes; wanted at least one record each")
     torch.manual_seed(args.seed)
     model = network.ecgfounder(len(described["classes"]), drop_path=args.drop_path,
                                drop_path_mode=args.drop_path_mode, dropout=args.dropout)
     path, last = Path(args.out, "last.pt"), None
     if args.resume and path.exists():
-        last = evaluate.load_checkpoint(path)[1]
+        last = evaluate.load_checkpoint(path)
         check_same_run(args, described, last)
         network.load_state(model, last["state_dict"], path, head=True)
     elif args.weights != "none":
         network.load_pretrained(model, args.weights)
         new_head(model, args.seed)
     model.to(device)
-    history, state = [], None
+    if AMP[args.amp]:
+        check_precision(model.eval(), train_split, device, AMP[args.amp])
+    history, state = [], {}
     if last:
         history, state = last["history"], {key: last[key] for key in ("optimizer", "scaler")}
-    run = Run(args, device, rank, world, model, described, history, state)
-    batch_size_of(run, len(train_split.rows))
-    if run.amp:
-        check_precision(model.eval(), train_split, device, run.amp)
+    run = Run(args, device, rank, world, batch_size, model, described, history, state)
     if last:
         run.say(f"going on after {last['stage']} epoch {last['epoch']}")
-        if rank == 0:
-            save_outcome(run.out, last, stages_of(args))  # the run may have ended just before
+        save_best(run)  # the run may have ended between last.pt and best.pt
     if rank == 0:
-        write_history(run.out, history)
+        write_history(run)
     return run
 
 
 def load_splits(args, device):
     """(what checkpoints say of them, training Split, validation Split); fold 10 is only counted."""
-    labels = data.load_labels(args.data, args.task)
-    cache = data.load_cache(args.data, args.preprocess)
-    labels, rows = data.align(labels, cache)
-    wanted = {"folds 1-8": data.TRAIN_FOLDS, "fold 9": [data.VAL_FOLD], "fold 10": [data.TEST_FOLD]}
-    for name, folds in wanted.items():
-        if not np.isin(labels.fold, folds).any():
+    labels, signals, rows = data.load_records(args.data, args.task, args.preprocess)
+    folds = {"folds 1-8": data.TRAIN_FOLDS, "fold 9": [data.VAL_FOLD], "fold 10": [data.TEST_FOLD]}
+    of_fold = {name: np.flatnonzero(np.isin(labels.fold, folds[name])) for name in folds}
+    for name, index in of_fold.items():
+        if not len(index):
             raise InputError(f"{args.data}: no record of {args.task} in {name}; wanted PTB-XL's "
                              "ten folds")
-    train = np.flatnonzero(np.isin(labels.fold, data.TRAIN_FOLDS))
-    train = data.subset(train, args.frac, args.seed)
-    val = np.flatnonzero(labels.fold == data.VAL_FOLD)
     digest, splits = hashlib.sha256(), []
-    for chosen in (train, val):
-        digest.update(labels.ecg_id[chosen].tobytes() + labels.y[chosen].tobytes())
-        y = torch.from_numpy(labels.y[chosen]).float().to(device)
-        splits.append(Split(cache.signals, rows[chosen], y))
+    for index in (data.subset(of_fold["folds 1-8"], args.frac, args.seed), of_fold["fold 9"]):
+        digest.update(labels.ecg_id[index].tobytes() + labels.y[index].tobytes())
+        y = torch.from_numpy(labels.y[index]).float().to(device)
+        splits.append(Split(signals, rows[index], y))
     return {"classes": labels.classes, "records": digest.hexdigest()}, *splits
-
-
-def batch_size_of(run, n):
-    """The batch over all processes: what was asked for, or all n records, in equal shares."""
-    batch_size = min(run.args.batch_size, n) // run.world * run.world
-    if not batch_size:
-        raise InputError(f"{n} training records and batch size {run.args.batch_size} for "
-                         f"{run.world} processes; wanted at least one record each")
-    return batch_size
 
 
 def on_device(split, device):
@@ -518,15 +479,12 @@ def check_precision(model, split, device, amp):
 
 def check_same_run(args, described, last):
     """Raise InputError unless the checkpoint `last` has these arguments, classes and records."""
-    where = f"{args.out}/last.pt"
-    if "optimizer" not in last:
-        raise InputError(f"{where}: holds no optimizer; wanted what post_train.py wrote there, or "
-                         "another --out without --resume")
     check_arguments(args, last)
     other = [key for key, value in described.items() if last.get(key) != value]
-    if other:
-        raise InputError(f"{where} was begun with other {other[0]} than {args.data} has; give the "
-                         "same --data, or another --out")
+    if other or "optimizer" not in last:
+        found = f"was begun with other {other[0]} than {args.data} has" if other else "cannot go on"
+        raise InputError(f"{args.out}/last.pt: {found}; give the same --data, or another --out "
+                         "without --resume")
 
 
 def check_arguments(args, last):
@@ -540,63 +498,52 @@ def check_arguments(args, last):
 
 # ---------------------------------------------------------------------------------------- its files
 
-def save_epoch(run, state):
-    """Write the files of the epoch that history ends with. state: optimizer's and scaler's."""
-    if run.rank:
-        return
-    checkpoint = make_checkpoint(run)
-    save(run.out / "last.pt", {**checkpoint, **state})
-    save_outcome(run.out, checkpoint, stages_of(run.args))
-    write_history(run.out, run.history)
+def save_epoch(run, **state):
+    """Write the files of the epoch that history ends with: last.pt with the states of optimizer and
+    scaler comes first, so that --resume can make the others of it."""
+    if run.rank == 0:
+        save(run, "last.pt", **state)
+        save_best(run)
+        write_history(run)
 
 
-def save_outcome(out, checkpoint, stages):
-    """Write best.pt where the checkpoint's last epoch is its best, and probe.pt at the probe's end.
-
-    It comes after last.pt, so that this always names best.pt's epoch (unless that is interpolated).
-    """
-    history, probe = checkpoint["history"], stages[0]
-    checkpoint = {k: v for k, v in checkpoint.items() if k not in ("optimizer", "scaler")}
-    if best_epoch(history, stages) == len(history) - 1:
-        save(out / "best.pt", checkpoint)
-    if (history[-1]["stage"], history[-1]["epoch"]) == ("probe", probe.epochs):
-        save(out / "probe.pt", checkpoint)
-
-
-def best_epoch(history, stages):
-    """Index of the first line with the best validation AUROC, of fine-tuning and interpolation;
-    with --epochs 0 the probe's. None where there is no such line."""
-    names = ("finetune", "interpolate") if stages[1].epochs else ("probe",)
-    lines = [i for i, line in enumerate(history) if line["stage"] in names]
-    aurocs = {i: history[i]["macro_auroc"] for i in lines}
-    return max(lines, key=lambda i: -1.0 if aurocs[i] is None else aurocs[i], default=None)
+def save_best(run):
+    """Write best.pt where history ends with the best line, and probe.pt where it ends the probe."""
+    probe, finetune = stages_of(run.args)
+    line, names = run.history[-1], ("finetune", "interpolate") if finetune.epochs else ("probe",)
+    auroc = {i: line["macro_auroc"] or 0.0 for i, line in enumerate(run.history)
+             if line["stage"] in names}
+    if run.rank == 0 and max(auroc, key=auroc.get, default=None) == len(run.history) - 1:
+        save(run, "best.pt")
+    if run.rank == 0 and (line["stage"], line["epoch"]) == (probe.name, probe.epochs):
+        save(run, "probe.pt")
 
 
-def make_checkpoint(run):
-    """A checkpoint: tensors and plain data that say all there is to know of it."""
-    args, history = run.args, run.history
-    return {"layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": run.model.state_dict(),
-            "task": args.task, **run.described, "preprocessing": args.preprocess,
-            "data": os.path.abspath(args.data), "args": dict(vars(args)),
-            "stage": history[-1]["stage"], "epoch": history[-1]["epoch"], "history": history,
-            "versions": {"torch": str(torch.__version__), **data.versions()}}
+def save(run, name, **state):
+    """Write a checkpoint: tensors and plain data that say all there is to know of it."""
+    args, line = run.args, run.history[-1]
+    checkpoint = {
+        "layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": run.model.state_dict(),
+        "task": args.task, **run.described, "preprocessing": args.preprocess,
+        "data": os.path.abspath(args.data), "args": dict(vars(args)), "stage": line["stage"],
+        "epoch": line["epoch"], "history": run.history,
+        "versions": {"torch": str(torch.__version__), **data.versions()}, **state}
 
-
-def save(path, checkpoint):
     def write(temporary):
         try:
             torch.save(checkpoint, temporary)
         except RuntimeError as error:  # torch's word for a full disk
             reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: cannot be written ({reason}); make room, and go on with "
-                             "--resume") from None
-    data.write_atomically(path, write)
+            raise InputError(f"{args.out}/{name}: cannot be written ({reason}); make room, and go "
+                             "on with --resume") from None
+
+    data.write_atomically(Path(args.out, name), write)
 
 
-def write_history(out, history):
+def write_history(run):
     """metrics.jsonl anew from the history, so that no kill leaves a torn or doubled line."""
-    lines = "".join(json.dumps(line) + "\n" for line in history)
-    data.write_atomically(out / "metrics.jsonl", lambda temporary: temporary.write_text(lines))
+    lines = "".join(json.dumps(line) + "\n" for line in run.history)
+    data.write_atomically(Path(run.args.out, "metrics.jsonl"), lambda path: path.write_text(lines))
 
 
 def peak_memory_mb(device):
@@ -610,30 +557,31 @@ def peak_memory_mb(device):
 
 
 def first_line(run, n, n_val):
-    args, batch_size = run.args, batch_size_of(run, n)
-    asked = "" if batch_size == args.batch_size else f" (not {args.batch_size})"
+    args, asked = run.args, ""
+    if run.batch_size != args.batch_size:
+        asked = f" (not {args.batch_size})"
     weights = "random initialization" if args.weights == "none" else args.weights
-    devices = f"{run.device} x {run.world}" if run.world > 1 else run.device
-    return (f"{args.task}, {n:,} records to train and {n_val:,} to validate on, batch {batch_size}"
-            f"{asked}, {weights}, {devices}, amp {args.amp}, seed {args.seed}")
+    return (f"{args.task}, {n:,} records to train and {n_val:,} to validate on, batch "
+            f"{run.batch_size}{asked}, {weights}, {run.world} x {run.device}, amp {args.amp}, "
+            f"seed {args.seed}")
 
 
 def epoch_line(line, epochs, skipped):
     text = (f"{line['stage']} {line['epoch']}/{epochs}  lr {line['lr']:.1e}  "
-            f"loss {line['train_loss']:.4f}  val loss {line['val_loss']:.4f}  {scores_of(line)}  "
+            f"loss {line['train_loss']:.4f}  {scores_of(line)}  "
             f"{line['seconds']:.1f} s  {line['ecgs_per_second']:,.0f} ECGs/s")
     return f"{text}  {skipped} steps skipped" if skipped else text
 
 
 def scores_of(line):
-    shown = {m: evaluate.show(line[f"macro_{m}"]).strip() for m in evaluate.METRICS}
-    return "  ".join(f"{metric.upper()} {score}" for metric, score in shown.items())
+    auroc, auprc = (evaluate.digits(line[f"macro_{metric}"]).strip() for metric in evaluate.METRICS)
+    return f"val loss {line['val_loss']:.4f}  AUROC {auroc}  AUPRC {auprc}"
 
 
 # ------------------------------------------------------------------------------------- command line
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
     add("--task", required=True, metavar="TASK", help=f"one of {', '.join(data.TASKS)}")
     add("--frac", type=float, default=1.0,
@@ -648,16 +596,19 @@ def parse(argv):
     add("--seed", type=int, default=0,
         help="sets initialization, fraction, order of the batches, drop path, dropout (default: 0)")
     add("--strategy", choices=("post", "baseline"), default="post",
-        help=f"post: the paper's; baseline: {OFFICIAL} (default: post)")
-    for key, setting in RECIPE.items():
-        default = f"{setting.post}, with --strategy baseline {setting.baseline}; {setting.source}"
-        add(f"--{key.replace('_', '-')}", type=type(setting.post), default=argparse.SUPPRESS,
+        help="post: the paper's; baseline: ECGFounder's fine-tuning recipe (default: post)")
+    options = {key: setting for key, setting in RECIPE.items() if setting.help}
+    for key, setting in options.items():
+        kind = {"type": type(setting.post)}
+        if isinstance(setting.post, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        default = ", with --strategy baseline ".join(
+            f"{value}, {source}" for value, source in zip(setting, setting.sources))
+        add(f"--{key.replace('_', '-')}", **kind, default=argparse.SUPPRESS,
             help=f"{setting.help} (default: {default})")
     add("--drop-path-mode", choices=("constant", "linear"), default="constant",
         help="the same rate in every block, or growing with depth; the paper's is unknown "
              "(default: constant, ours)")
-    add("--interpolate", action="store_true",
-        help="at the end validate weights between the probe's and the last epoch's too; ours")
     add("--amp", choices=("auto", *AMP), default="auto",
         help="mixed precision (default: auto: fp16 on CUDA, off on the CPU; ours)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
@@ -665,7 +616,7 @@ def parse(argv):
     add("--compile", action="store_true", help="torch.compile the network for fine-tuning")
     add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
     args = parser.parse_args(argv)
-    for key, setting in RECIPE.items():
+    for key, setting in options.items():
         setattr(args, key, getattr(args, key, getattr(setting, args.strategy)))
     args.out = args.out or f"runs/{args.task}-frac{args.frac:g}-{args.strategy}-seed{args.seed}"
     return args
@@ -689,9 +640,6 @@ def check(args):
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}; wanted {wanted}")
     if not args.epochs and not args.probe_epochs:
         raise InputError("--epochs 0 and --probe-epochs 0 train nothing; give one of them")
-    if args.interpolate and not (args.epochs and args.probe_epochs):
-        raise InputError("--interpolate goes from a probe to fine-tuning; wanted --epochs and "
-                         "--probe-epochs of at least 1")
     going_on = args.resume and Path(args.out, "last.pt").exists()
     if args.weights != "none" and not os.path.exists(args.weights) and not going_on:
         raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the "
@@ -711,7 +659,8 @@ def pick_device(name):
     return device
 
 
-def run(args):
+def post_train(args):
+    """The whole of a run: cache, training, test."""
     check(args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, out = pick_device(args.device), Path(args.out)
@@ -720,12 +669,10 @@ def run(args):
     args.data = os.path.abspath(args.data)
     if args.resume and (out / "test.json").exists():
         if (out / "last.pt").exists():
-            check_arguments(args, evaluate.load_checkpoint(out / "last.pt")[1])
+            check_arguments(args, evaluate.load_checkpoint(out / "last.pt"))
         if rank == 0:
             print(f"{out}: this run is finished, see test.json")
         return
-    if args.resume and not (out / "last.pt").exists() and rank == 0:
-        print(f"{out}: no last.pt to go on from, starting anew")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -763,7 +710,7 @@ def test(args, device):
     scores = evaluate.score(p["y_true"], p["y_prob"], p["patient_id"])
     result = evaluate.report(scores, p["y_true"], p["classes"].tolist())
     evaluate.write_json(out / "test.json", result)
-    print("\n".join(["test fold 10 with best.pt:", *evaluate.summary(result)]))
+    print("\n".join(["test fold 10 with best.pt:", *evaluate.summary_lines(result)]))
 
 
 def stop(number, frame):
@@ -774,7 +721,7 @@ def main(argv=None):
     args = parse(argv)
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        run(args)
+        post_train(args)
         return
     except (InputError, network.WeightsError, OSError) as error:
         status, message = 2, data.line_of(error)
@@ -782,14 +729,13 @@ def main(argv=None):
         status, message = 1, (f"{error}; last.pt keeps the last good epoch; --amp bf16 or off, or "
                               "a lower --lr, with another --out may mend it")
     except torch.OutOfMemoryError:
-        smaller = max(1, args.batch_size // 2)
-        status, message = 1, (f"the GPU's memory is too small to train on a batch of "
-                              f"{args.batch_size}; --batch-size {smaller} may fit, with another "
+        status, message = 1, ("the GPU's memory is too small to train on a batch of "
+                              f"{args.batch_size}; a smaller --batch-size may fit, with another "
                               "--out if there is a last.pt")
     except KeyboardInterrupt as error:
-        number = error.args[0] if error.args else signal.SIGINT
-        status, message = 128 + number, ("stopped; the same command with --resume goes on after "
-                                         f"the last finished epoch ({args.out}/last.pt)")
+        status = 128 + (error.args[0] if error.args else signal.SIGINT)
+        message = ("stopped; the same command with --resume goes on after the last finished epoch "
+                   f"({args.out}/last.pt)")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

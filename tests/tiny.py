@@ -1,17 +1,17 @@
-"""Run a script of the project with a small network in place of ECGFounder: python tests/tiny.py post_train.py --task ..."""
+"""Run a script of the project with a small network in place of ECGFounder:
+python tests/tiny.py post_train.py --task ..."""
+import functools
 import runpy
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-STAGES = ((16, 1), (32, 2))
+LEVELS = ((16, 1), (32, 2))
 
 
 def shrink(setattr=setattr):
     import model
-    setattr(model, "STAGES", STAGES)
-    setattr(model, "N_BLOCKS", sum(n for _, n in STAGES))
-    setattr(model, "N_FEATURES", STAGES[-1][0])
+    setattr(model, "ecgfounder", functools.partial(model.ecgfounder, levels=LEVELS))
 
 
 if __name__ == "__main__":

@@ -8,19 +8,18 @@ import torch
 from hypothesis import settings
 
 TESTS = Path(__file__).parent
-ROOT = TESTS.parent
-sys.path[:0] = [str(ROOT), str(TESTS)]
-
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "tools")]
 
 settings.register_profile("patient", deadline=None)  # machines are shared: no test depends on wall time
 settings.load_profile("patient")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:wfdb")  # it calls pandas in an older way
+    # wfdb calls pandas in an older way.
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:wfdb")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "campaign: long; runs with -m campaign only")
-    config.addinivalue_line("markers", "real: needs real PTB-XL records, in the folder that PTBXL_DIR names")
+    config.addinivalue_line("markers", "real: needs real PTB-XL records, in the folder PTBXL_DIR")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -61,18 +60,19 @@ def demo(demo_set, tmp_path):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The same code with a network of two small stages, for tests of the loop rather than of the network."""
+    """The same code with a small network, for tests of the loop rather than of the network."""
     import tiny as small
     small.shrink(monkeypatch.setattr)
 
 
 @pytest.fixture
 def fails(capsys):
-    """Call a script's main and expect exit status 2 and one line to a person that holds all of `words`."""
+    """Call a script's main; expect exit status 2 and one line to a person with all of `words`."""
     def call(main, argv, *words):
         with pytest.raises(SystemExit) as stop:
             main([str(a) for a in argv])
-        lines = [line for line in capsys.readouterr().err.strip().splitlines() if "%|" not in line]  # no progress bars
+        lines = capsys.readouterr().err.strip().splitlines()
+        lines = [line for line in lines if "%|" not in line]  # no progress bars
         assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in lines[0], lines
         assert all(str(word) in lines[0] for word in words), lines[0]
         return lines[0]
@@ -81,4 +81,5 @@ def fails(capsys):
 
 @pytest.fixture(scope="session")
 def golden():
-    return {name: json.loads((TESTS / "golden" / f"{name}.json").read_text()) for name in ("model_logits", "preprocess")}
+    return {name: json.loads((TESTS / "golden" / f"{name}.json").read_text())
+            for name in ("model_logits", "preprocess")}

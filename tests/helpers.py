@@ -1,0 +1,50 @@
+"""What several test files use."""
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+TIMINGS = ("seconds", "ecgs_per_second", "peak_memory_mb")
+
+
+def edit_csv(path, change):
+    """Rewrite a csv file after `change`, which gets its rows as a list of dicts."""
+    with open(path, newline="") as f:
+        rows = list(csv.DictReader(f))
+    change(rows)
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_record(path, signal, names, fs=500, units="mV", gain=1000):
+    """Write (leads, n) as a WFDB record at `path` (without extension), which is returned."""
+    import wfdb
+    n, path = len(names), Path(path)
+    wfdb.wrsamp(path.name, fs=fs, units=[units] * n, sig_name=list(names),
+                p_signal=np.asarray(signal, float).T, fmt=["16"] * n, adc_gain=[gain] * n,
+                baseline=[0] * n, write_dir=str(path.parent))
+    return path
+
+
+def history(out):
+    """A run's metrics.jsonl without what differs from time to time."""
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return [{key: v for key, v in line.items() if key not in TIMINGS} for line in lines]
+
+
+def weights(out, name="last.pt"):
+    return torch.load(Path(out, name), weights_only=True)["state_dict"]
+
+
+def assert_same_run(a, b):
+    assert history(a) == history(b)
+    for name in ("best.pt", "last.pt"):
+        for key, value in weights(a, name).items():
+            assert torch.equal(value, weights(b, name)[key]), (name, key)
+    assert Path(a, "test.json").read_text() == Path(b, "test.json").read_text()

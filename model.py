@@ -150,9 +150,9 @@ class Block(nn.Module):
         return x
 
     def forward(self, x):
-        batch_size, kept = len(x), self.kept(len(x))
-        if not self.training or kept == batch_size:
+        if not self.training or self.kept(len(x)) == len(x):
             return self.branch(x).add_(self.shortcut(x))
+        batch_size, kept = len(x), self.kept(len(x))
         index = torch.randperm(batch_size, device=x.device).narrow(0, 0, kept)
         branch = self.branch(x.index_select(0, index), batch_size / kept)
         return self.shortcut(x).index_add(0, index, branch)

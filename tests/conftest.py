@@ -10,7 +10,8 @@ from hypothesis import settings
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "tools")]
 
-settings.register_profile("patient", deadline=None)  # machines are shared: no test depends on wall time
+# Machines are shared: no test depends on wall time.
+settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 

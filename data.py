@@ -21,7 +21,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
 import threading
 from collections import Counter
@@ -479,6 +478,7 @@ def run_jobs(function, jobs, workers):
 
 def end_with_parent():
     """In a worker: end as soon as the building process does, however it ended."""
+    import signal
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -352,13 +352,15 @@ def load_predictions(path):
             classes = np.char.decode(classes, "utf-8", "replace")
         n, n_classes = y.shape
         fits = p.shape == y.shape and classes.shape == (n_classes,) and n * n_classes > 0
+        fits &= len(set(classes.tolist())) == n_classes
         fits &= all(ids is None or ids.shape == (n,) for ids in (ecg_id, patient_id))
     except Exception as error:  # NumPy and zipfile raise many types; object arrays are refused here
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be read as predictions ({reason}); {wanted}") from None
     if not fits:
         shapes = ", ".join(f"{key} {array.shape}" for key, array in found.items())
-        raise InputError(f"{path}: its arrays do not fit together ({shapes}); {wanted}")
+        raise InputError(f"{path}: its arrays do not fit together, or a class stands twice "
+                         f"({shapes}); {wanted}")
     if not np.isin(y, (0, 1)).all():
         raise InputError(f"{path}: y_true holds other values than 0 and 1; wanted a 1 for each "
                          "class a record has")

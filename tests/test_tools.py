@@ -1,10 +1,10 @@
-"""The tools of the README's experiment: its sets out of PTB-XL, and its pictures."""
+"""The tools of the README's experiment, and the README's own commands and code."""
 import csv
 import json
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,152 +19,234 @@ import figures
 import make_subset
 import model as network
 import post_train
-from conftest import ROOT
-from test_evaluate import made_up
+from helpers import ROOT, edit_csv
+
+README = (ROOT / "README.md").read_text().replace("\\\n", " ")
 
 
-def test_listing():
-    with open(make_subset.LISTING, newline="") as f:
-        rows = list(csv.DictReader(f))
-    ids = {name: [int(r["ecg_id"]) for r in rows if r["set"] == name] for name in ("target", "pretrain")}
-    assert [len(set(ids[name])) for name in ids] == [2831, 1268] and not set(ids["target"]) & set(ids["pretrain"])
-    folds = [int(r["strat_fold"]) for r in rows if r["set"] == "target"]
-    assert [sum(f <= 8 for f in folds), folds.count(9), folds.count(10)] == [2322, 330, 179]
-    assert {r["strat_fold"] for r in rows if r["set"] == "pretrain"} == set("1234569") | {"10"}
+def read_csv(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
 
 
-@pytest.mark.real
-def test_listing_is_of_the_real_records(real):
-    with open(make_subset.LISTING, newline="") as f:
-        want = {int(r["ecg_id"]): int(r["strat_fold"]) for r in csv.DictReader(f) if r["set"] == "target"}
-    labels = data.load_labels(real, "all71")
-    assert {i: f for i, f in zip(labels.ecg_id.tolist(), labels.fold.tolist()) if i in want} == want
+def test_the_two_sets_share_out_ptbxl(demo, tmp_path, fails):
+    edit_csv(demo / data.DATABASE, lambda rows: rows[0].update(patient_id="", strat_fold="7"))
+    want = {"folds1-7": [], "folds8-10": []}
+    for row in read_csv(demo / data.DATABASE):
+        i, fold = int(row["ecg_id"]), int(row["strat_fold"])
+        odd = float(row["patient_id"] or i) % 2
+        if fold == 7:
+            fold = {1: 9, 0: 10}[odd]
+            want["folds1-7"].append((i, fold))
+        else:
+            want["folds1-7" if fold < 7 else "folds8-10"].append((i, fold))
+    data.build_cache(demo, workers=1)
+    for name in want:
+        make_subset.main([str(demo), name, str(tmp_path / name)])
+        data.build_cache(tmp_path / name, workers=1)
+        labels, signals, row = data.load_records(tmp_path / name, "all71")
+        assert list(zip(labels.ecg_id.tolist(), labels.fold.tolist())) == want[name]
+        _, whole, _ = data.load_records(demo, "all71")  # a row for each record, as each has labels
+        assert np.array_equal(signals[row], whole[labels.ecg_id - 1])
+    fails(make_subset.main, [demo, "folds1-7", tmp_path / "folds1-7"], tmp_path / "folds1-7")
+    edit_csv(demo / data.DATABASE, lambda rows: [row.update(strat_fold="8") for row in rows])
+    fails(make_subset.main, [demo, "folds1-7", tmp_path / "no"], data.DATABASE, "folds1-7")
+    assert not (tmp_path / "no").exists()
 
 
-def test_a_subset_reads_as_ptbxl(demo, tmp_path):
-    (tmp_path / "list.csv").write_text("ecg_id,set,strat_fold\n7,target,9\n3,target,1\n5,pretrain,2\n60,target,10\n")
-    make_subset.make_subset(demo, "target", tmp_path / "part", tmp_path / "list.csv")
-    data.build_cache(tmp_path / "part", workers=1)
-    labels, cache, whole = data.load_labels(tmp_path / "part", "all71"), data.load_cache(tmp_path / "part"), data.load_cache(demo)
-    assert labels.ecg_id.tolist() == [3, 7, 60] and labels.fold.tolist() == [1, 9, 10]
-    for ecg_id in (3, 7, 60):
-        assert np.array_equal(cache.signals[cache.row[ecg_id]], whole.signals[whole.row[ecg_id]])
-    with pytest.raises(data.InputError, match="lacks [0-9]+ of the 2831"):
-        make_subset.make_subset(demo, "target", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+FRACTIONS, CLASSES = {"a-0.25": 0.25, "a-1": 1.0}, ["a$b$c", "$\\frac$", "z"]
 
 
 @pytest.fixture
-def four_runs(tmp_path):
-    """Folders a-0, a-1 (middling models) and b-0, b-1 (b-0 is a-0 again; b-1 all but perfect), and what they hold."""
-    y, prob = made_up(60, 3, prevalence=0.3)
-    probs = {"a-0": prob, "a-1": prob[::-1].copy(), "b-0": prob, "b-1": 0.8 * y + 0.1 * prob}
-    for run, p in probs.items():
-        (tmp_path / run).mkdir()
-        lines = [{"stage": "probe", "epoch": 1, "seconds": 0.5} | dict.fromkeys(figures.PANELS, 9.0)] + [
-            {"stage": "finetune", "epoch": e, "seconds": 1000 + int(run[-1])} | {k: e + int(run[-1]) for k in figures.PANELS} for e in (1, 2, 3)]
-        (tmp_path / run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        scores = [float(f(y, p, average="macro")) for f in (roc_auc_score, average_precision_score)]
-        (tmp_path / run / "test.json").write_text(json.dumps({"n": 60} | dict(zip(("macro_auroc", "macro_auprc"), scores))))
-        np.savez(tmp_path / run / "predictions.npz", y_true=y, y_prob=p, classes=np.array(["x", "y", "z"]), ecg_id=np.arange(60))
-    return [str(tmp_path / run) for run in probs], y, probs
+def runs(tmp_path, demo_set):
+    """(folders, labels, predictions): a-0.25-0 and a-0.25-1 are middling models, a-1-0 is a-0.25-0
+    again and a-1-1 all but perfect. Epoch e of seed s has the value e + s in every panel."""
+    rng = np.random.default_rng(0)
+    y, prob = (rng.random((60, 3)) < 0.3).astype(int), rng.random((60, 3))
+    probs = [prob, prob[::-1].copy(), prob, 0.8 * y + 0.1 * prob]
+    folders = [tmp_path / f"{setting}-{seed}" for setting in FRACTIONS for seed in (0, 1)]
+    for out, p in zip(folders, probs):
+        out.mkdir()
+        seed, frac = int(out.name[-1]), FRACTIONS[out.name[:-2]]
+        stages = [("probe", 1, 0.5), *(("finetune", e, 1000 + seed) for e in (1, 2, 3)),
+                  ("interpolate", 1, 100)]
+        (out / "metrics.jsonl").write_text("".join(
+            json.dumps({"stage": stage, "epoch": e, "seconds": seconds,
+                        **dict.fromkeys(figures.PANELS, e + seed)}) + "\n"
+            for stage, e, seconds in stages))
+        scores = dict(zip(("macro_auroc", "macro_auprc"), by_sklearn(y, p)))
+        evaluate.write_json(out / "test.json", {"n": 60, **scores})
+        np.savez(out / "predictions.npz", y_true=y, y_prob=p, classes=CLASSES, ecg_id=np.arange(60))
+        torch.save({"layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": {"w": torch.zeros(1)},
+                    "task": "all71", "classes": CLASSES, "preprocessing": "raw",
+                    "data": str(demo_set), "args": {"frac": frac}}, out / "best.pt")
+    return list(map(str, folders)), y, probs
 
 
-def test_pictures(four_runs, monkeypatch):
-    import matplotlib.pyplot as plt
-    drawn = {}
-    monkeypatch.setattr(evaluate, "save_picture", lambda figure, path, dpi: (plt.close(figure), drawn.update({path: figure})))
-    figures.main(["--group", "2", "--curves", "c.png", "--classes", "k.png", *four_runs[0]])
-    axis = drawn["c.png"].axes[2]
-    assert [line.get_label() for line in axis.lines] == ["a", "b"] and axis.lines[0].get_ydata().tolist() == [1.5, 2.5, 3.5]
-    assert len(drawn["k.png"].axes) == 2 and len(drawn["k.png"].axes[0].containers) == 2
-    figures.main(["--classes", "one.png", four_runs[0][0]])
-    assert len(drawn["one.png"].axes[0].containers) == 1
+def by_sklearn(y, p):
+    return [float(f(y, p, average="macro")) for f in (roc_auc_score, average_precision_score)]
 
 
-def test_the_table(four_runs, capsys):
-    runs, y, probs = four_runs
-    want = {run: (roc_auc_score(y, p, average="macro"), average_precision_score(y, p, average="macro")) for run, p in probs.items()}
+def rows_of(capsys, *argv):
+    figures.main(list(argv))
+    return [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in capsys.readouterr().out.splitlines()]
 
-    def cells(of):
-        pair = np.array([want[run] for run in of])
-        return [f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in pair.T], pair.mean(0)
-    figures.main(["--group", "2", "--table", *runs])
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    (first, base), (second, better) = cells(["a-0", "a-1"]), cells(["b-0", "b-1"])
-    gain = 100 * (better - base) / base
+
+def test_table(runs, capsys):
+    folders, y, probs = runs
+    scores = np.array([by_sklearn(y, p) for p in probs]).reshape(2, 2, 2)  # setting, seed, metric
+    cells = [[f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in setting.T] for setting in scores]
+    base, better = scores.mean(1)
+    gain = " / ".join(f"{g:+.1f}*" for g in 100 * (better - base) / base)
+    rows = rows_of(capsys, "--group", "2", "--table", *folders)
     assert rows[0] == ["run", "AUROC", "AUPRC", "gain, %", "seeds", "seconds"]
-    assert rows[2:] == [["a", *first, "", "2", "3,002"], ["b", *second, f"{gain[0]:+.1f}* / {gain[1]:+.1f}*", "2", "3,002"]]
+    assert rows[2] == ["a-0.25", *cells[0], "", "2", "3,102"]  # seconds of all stages
+    assert rows[3:] == [["a-1", *cells[1], gain, "2", "3,102"]]
 
-    shutil.copy(f"{runs[3]}/predictions.npz", f"{runs[0]}/last.npz")
-    shutil.copy(f"{runs[0]}/predictions.npz", f"{runs[2]}/last.npz")
-    figures.main(["--table", runs[0], runs[2]])                      # one seed: no deviation; equal models: no star
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    a, perfect = ([f"{v:.3f}" for v in want[run]] for run in ("a-0", "b-1"))
-    assert rows[2][:7] == ["a-0", *a, "", *perfect, ""]
-    assert rows[3][:4] == ["b-0", *a, "+0.0 / +0.0"] and rows[3][4:6] == a and rows[3][6].count("*") == 2 and rows[3][6].startswith("-")
+    # One seed has no deviation, equal models no star; scores of last.npz where all runs have it.
+    shutil.copy(f"{folders[3]}/predictions.npz", f"{folders[0]}/last.npz")
+    assert len(rows_of(capsys, "--table", folders[0], folders[2])[0]) == 6
+    shutil.copy(f"{folders[0]}/predictions.npz", f"{folders[2]}/last.npz")
+    figures.scores_of.cache_clear()
+    first, second = rows_of(capsys, "--table", folders[0], folders[2])[2:]
+    a, perfect = ([f"{v:.3f}" for v in by_sklearn(y, p)] for p in (probs[0], probs[3]))
+    assert first[:7] == ["a-0.25-0", *a, "", *perfect, ""]
+    assert second[:6] == ["a-1-0", *a, "+0.0 / +0.0", *a]
+    assert re.fullmatch(r"-\d+\.\d\* / -\d+\.\d\*", second[6])
 
 
-@pytest.mark.parametrize("spoil, options, word", [
-    (lambda run: (run / "metrics.jsonl").unlink(), ["--curves", "c.png"], "metrics.jsonl"),
-    (lambda run: (run / "metrics.jsonl").write_text('{"stage": "finetune", "epoch": 1}\n'), ["--curves", "c.png"], r"\[1, 3\] epochs"),
-    (lambda run: (run / "predictions.npz").unlink(), ["--table"], "predictions.npz: no such file"),
-    (lambda run: None, ["--table", "--group", "3"], "groups of 3"),
-    (lambda run: None, ["--curves", "c.xyz"], "c.xyz: no picture"),
-    (lambda run: shutil.copy(run.parent / "b-1" / "predictions.npz", run), ["--table"], "a-0/predictions.npz: its scores are not those of test.json"),
-    (lambda run: (run / "test.json").unlink(), ["--table"], "a-0/predictions.npz: its scores are not"),
-])
-def test_folders_that_are_no_finished_runs(four_runs, capsys, spoil, options, word):
-    spoil(Path(four_runs[0][0]))
-    with pytest.raises(SystemExit) as stop:
-        figures.main(["--group", "2", *options, *four_runs[0]])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and re.search(word, error)
+def test_differences_of_settings_are_those_of_their_means(runs, capsys):
+    folders, y, probs = runs
+    weights = np.random.default_rng(0).exponential(size=(evaluate.DRAWS, 60))  # as bootstrap draws
+    draws = np.array([evaluate.macro(np.array(evaluate.auroc_auprc(y, p, weights))) for p in probs])
+    low, high = np.percentile(draws[2:].mean(0)[0] - draws[:2].mean(0)[0], (2.5, 97.5))
+    point = np.mean([by_sklearn(y, p)[0] for p in probs[2:]])
+    point -= np.mean([by_sklearn(y, p)[0] for p in probs[:2]])
+    figures.main(["--group", "2", "--differences", *folders])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["predictions.npz:", "a-1 - a-0.25"]
+    assert lines[2].startswith(f"  AUROC {point:+.4f}  95 % interval {low:+.4f} to {high:+.4f}")
+
+
+def test_pictures(runs, monkeypatch, demo_set):
+    folders, drawn = runs[0], {}
+    monkeypatch.setattr(evaluate, "save_picture",
+                        lambda figure, path, dpi: drawn.update({path: figure.axes}))
+    figures.main(["--group", "2", "--curves", "c.png", "--classes", "k.png", "--points", "p.png",
+                  *folders])
+    assert [axis.get_ylabel() for axis in drawn["c.png"]] == list(figures.PANELS.values())
+    for axis in drawn["c.png"]:  # neither probe nor interpolation is an epoch
+        assert [line.get_label() for line in axis.lines] == ["a-0.25", "a-1"]
+        assert axis.lines[0].get_ydata().tolist() == [1.5, 2.5, 3.5]
+        assert axis.collections[0].get_paths()[0].get_extents().extents.tolist() == [1, 1, 3, 4]
+    assert [len(axis.containers) for axis in drawn["k.png"]] == [2, 2]
+    n = sum(int(row["strat_fold"]) <= 8 for row in read_csv(demo_set / data.DATABASE))
+    scores = np.array([by_sklearn(runs[1], p) for p in runs[2]])
+    for k, axis in enumerate(drawn["p.png"]):
+        line, = axis.lines
+        assert line.get_label() == "a" and axis.get_xscale() == "log"
+        assert line.get_xdata().tolist() == [int(n / 4 + 0.5), n]
+        assert line.get_ydata() == pytest.approx(scores[:, k].reshape(2, 2).mean(1))
+    figures.main(["--points", "p.png", *folders])
+    assert [line.get_label() for line in drawn["p.png"][0].lines] == ["a-0", "a-1"]
+
+
+def test_files_of_pictures(runs, tmp_path):
+    """Names that matplotlib would take for formulas, too; the method's picture wants no runs."""
+    import matplotlib.pyplot as plt
+    from matplotlib.image import imread
+    open_before = plt.get_fignums()
+    shutil.copytree(runs[0][0], tmp_path / "_x$y$")
+    figures.main(["--classes", str(tmp_path / "k.svg"), str(tmp_path / "_x$y$")])
+    text = (tmp_path / "k.svg").read_text()
+    assert all(f"<!-- {name} (" in text for name in [*CLASSES, "_x$y$"])
+    figures.main(["--method", str(tmp_path / "m.png")])
+    height, width, _ = imread(tmp_path / "m.png").shape
+    assert plt.get_fignums() == open_before
+    assert 800 < width < 1000 and 250 < height < 350
+
+
+@pytest.mark.parametrize("runs, size, want", [
+    (["a-seed0", "a-seed1"], 2, ["a"]), (["run_1", "run_2"], 2, ["run"]), (["x"], 1, ["x"]),
+    (["xresnet1d101"], 1, ["xresnet1d101"]), (["x-0.5-0", "x-0.5-1"], 2, ["x-0.5"]),
+    (["a", "b"], 2, ["a, b"]), (["a-0", "a-1", "b-0"], 3, ["a-0, a-1, b-0"]),
+    (["0", "1"], 2, ["0, 1"]), (["run1", "run2"], 2, ["run"]), (["a12", "b/a12"], 2, ["a12"]),
+    (["net-50-0", "net-50-1", "net-101-0", "net-101-1"], 2, ["net-50", "net-101"]),
+    (["net-0", "net-1", "net-2", "net-3"], 2, ["net-0", "net-2"])])  # else of one name
+def test_names_of_settings(runs, size, want):
+    assert [name for name, _ in figures.settings_of(runs, size)] == want
+
+
+@pytest.mark.parametrize("spoil, options, words", [
+    (lambda run: (run / "metrics.jsonl").unlink(), "--curves c.png", ["a-0.25-0/metrics.jsonl"]),
+    (lambda run: (run / "metrics.jsonl").write_text('{"stage": "finetune", "epoch": 1}\n'),
+     "--curves c.png", ["a-0.25-0", "[1, 3] epochs"]),
+    (lambda run: (run / "predictions.npz").unlink(), "--table", ["a-0.25-0/predictions.npz"]),
+    (lambda run: shutil.copy(run.parent / "a-1-1" / "predictions.npz", run), "--classes c.png",
+     ["a-0.25-0/predictions.npz", "test.json", "evaluate.py"]),
+    (lambda run: (run / "test.json").unlink(), "--differences", ["a-0.25-0/test.json"]),
+    (lambda run: (run / "best.pt").unlink(), "--points c.png", ["a-0.25-0/best.pt"]),
+    (lambda run: None, "--table --group 3", ["--group 3"]),
+    (lambda run: None, "--table --group 0", ["--group 0"]),
+    (lambda run: None, "--curves c.xyz", ["c.xyz", ".png"]),
+    (lambda run: None, "--method c.png", ["--table"]),
+    (lambda run: None, "", ["--table"])])
+def test_what_cannot_be_drawn(runs, fails, spoil, options, words):
+    spoil(Path(runs[0][0]))
+    fails(figures.main, ["--group", "2", *options.split(), *runs[0]], *words)
+
+
+def python_block(word):
+    return next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if word in b)
 
 
 def test_the_readmes_way_to_score_another_model(demo, tmp_path, monkeypatch, capsys):
-    code = re.search(r"```python\n(import numpy as np, data\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     (tmp_path / "ptbxl").symlink_to(demo)
     monkeypatch.chdir(tmp_path)
     labels = data.load_labels(demo, "all71")
     truth = dict(zip(labels.ecg_id.tolist(), labels.y))
-    exec(code, {"predict": lambda ids: np.stack([0.2 + 0.6 * truth[i] for i in ids.tolist()])})
+    exec(python_block("other.npz"),
+         {"predict": lambda ids: np.stack([0.2 + 0.6 * truth[i] for i in ids.tolist()])})
     evaluate.main(["other.npz"])
     assert "macro AUROC 1.0000" in capsys.readouterr().out
 
 
 def test_the_readmes_way_to_use_the_network(demo_set, tmp_path, monkeypatch):
-    code = re.search(r"```python\n(import torch, model\n.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     founder = network.ecgfounder(150)
     (tmp_path / "checkpoints").mkdir()
-    torch.save({"state_dict": founder.state_dict()}, tmp_path / "checkpoints" / "12_lead_ECGFounder.pth")
+    torch.save({"state_dict": founder.state_dict()}, tmp_path / network.OFFICIAL)
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("path/to/record", str(demo_set / "records500/00000/00001_hr")), found := {})
+    code = python_block("model.ecgfounder")
+    record = str(demo_set / "records500/00000/00001_hr")
+    exec(code.replace("path/to/record", record), found := {})
     assert found["logits"].shape == (1, 5) and found["features"].shape == (1, 1024)
     with torch.inference_mode():
         torch.testing.assert_close(found["features"], founder.eval().forward_features(found["x"]))
 
 
-def test_the_readmes_commands_are_understood(tmp_path, monkeypatch):
-    """Every training command of the README, and its rows with their options."""
-    text = (ROOT / "README.md").read_text()
-    variables = {"$T": "all71", "$F": "0.1", "$S": "0", "$R": re.search(r'^R="(.*)"$', text, re.M)[1], "$W": re.search(r'^W="(.*)"$', text, re.M)[1]}
-    commands = re.findall(r"python post_train\.py ([^`\n#&]*)", text)
-    commands += [f"$R --seed 0 {options}" for options in re.findall(r"^\|.*\| `(--[^`]*)` \| `", text, re.M)]
-    commands = [c for c in commands if "--task" in c or "$R" in c]
-    assert len(commands) >= 30
+def test_the_readmes_training_commands_are_understood(tmp_path, monkeypatch):
+    """With its variables, and with the options of its tables' rows."""
+    values = {"T": "all71", "F": "0.1", **dict(re.findall(r'^(\w)="(.*)"$', README, re.M))}
+    commands = re.findall(r"python post_train\.py ([^`\n#&;|]*)", README)
+    commands += [f"$R {row}" for row in re.findall(r"^\|.*\| `(--[^`]*)` \|", README, re.M)]
     monkeypatch.chdir(tmp_path)
+    commands = [c for c in commands if "--task" in c or "$R" in c]
+    assert len(commands) >= 10
     for command in commands:
-        for name, value in variables.items():
-            command = command.replace(name, value)
+        command = re.sub(r"\$\{?(\w+)\}?", lambda m: values.get(m[1], "1"), command)
         post_train.check(post_train.parse([*shlex.split(command), "--weights", "none"]))
 
 
-def test_the_readmes_other_commands_name_what_is_there():
+def test_the_readmes_other_commands_name_what_is_there(monkeypatch, capsys):
     asked = {}
-    for script, options in re.findall(r"python ((?:tests/)?\w+\.py)([^`\n#&|;]*)", (ROOT / "README.md").read_text()):
+    for script, options in re.findall(r"python ([\w/]+\.py)([^`\n#&|;]*)", README):
         asked.setdefault(script, set()).update(re.findall(r"(?<!\S)--[a-z-]+", options))
-    assert {"data.py", "model.py", "evaluate.py", "tests/figures.py", "tests/make_subset.py", "tests/make_demo.py", "tests/benchmark.py"} <= set(asked)
+    tools = ("figures", "make_subset", "make_demo", "benchmark")
+    assert {f"tests/tools/{name}.py" for name in tools} <= set(asked)
+    assert {"data.py", "model.py", "evaluate.py"} <= set(asked)
     for script, options in asked.items():
-        known = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
-        assert options <= set(re.findall(r"--[a-z-]+", known)), script
+        monkeypatch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert options <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out)), script

@@ -33,7 +33,9 @@ DRAW_CHUNK = 2**22  # weights held at once, 32 MB
 CHECKPOINT_LAYOUT = 1
 CHECKPOINT = {"layout": int, "task": str, "classes": list, "preprocessing": str, "data": str,
               "args": dict}  # what one says of itself
-PREDICTIONS = ("y_true", "y_prob", "classes", "ecg_id", "patient_id")  # the last two may lack
+PREDICTIONS = {     # the arrays, of which the last two may lack, and NumPy's kinds of type
+    "y_true": "biuf", "y_prob": "biuf", "classes": "biufUS", "ecg_id": "biufUS",
+    "patient_id": "biufUS"}
 
 
 # ------------------------------------------------------------------------------------------- metric
@@ -346,19 +348,19 @@ def load_predictions(path):
     try:
         with np.load(path, allow_pickle=False) as z:
             found = {key: z[key] for key in PREDICTIONS if key in z.files}
-        y, p = found["y_true"], found["y_prob"].astype(np.float64)
-        classes, ecg_id, patient_id = (found.get(key) for key in PREDICTIONS[2:])
+        y, p, classes = (found[key] for key in ("y_true", "y_prob", "classes"))
         if classes.dtype.kind == "S":
             classes = np.char.decode(classes, "utf-8", "replace")
-        n, n_classes = y.shape
+        (n, n_classes), ids = y.shape, [found.get(key) for key in ("ecg_id", "patient_id")]
         fits = p.shape == y.shape and classes.shape == (n_classes,) and n * n_classes > 0
+        fits &= all(array is None or array.shape == (n,) for array in ids)
+        fits &= all(array.dtype.kind in PREDICTIONS[key] for key, array in found.items())
         fits &= len(set(classes.tolist())) == n_classes
-        fits &= all(ids is None or ids.shape == (n,) for ids in (ecg_id, patient_id))
     except Exception as error:  # NumPy and zipfile raise many types; object arrays are refused here
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be read as predictions ({reason}); {wanted}") from None
     if not fits:
-        shapes = ", ".join(f"{key} {array.shape}" for key, array in found.items())
+        shapes = ", ".join(f"{key} {array.dtype} {array.shape}" for key, array in found.items())
         raise InputError(f"{path}: its arrays do not fit together, or a class stands twice "
                          f"({shapes}); {wanted}")
     if not np.isin(y, (0, 1)).all():
@@ -367,11 +369,12 @@ def load_predictions(path):
     if not ((p >= 0) & (p <= 1)).all():
         raise InputError(f"{path}: y_prob holds values that are no probabilities; wanted finite "
                          "ones in [0, 1]")
+    ecg_id, patient_id = ids
     if patient_id is not None and patient_id.dtype.kind == "f":  # as pandas reads PTB-XL's
         unknown = np.arange(n) - n  # each a patient of its own
         patient_id = np.where(np.isfinite(patient_id), patient_id, unknown)
     return {"ecg_id": ecg_id, "patient_id": patient_id, "classes": classes.astype(str),
-            "y_true": y.astype(np.uint8), "y_prob": p}
+            "y_true": y.astype(np.uint8), "y_prob": p.astype(np.float64)}
 
 
 # --------------------------------------------------------------------------------------- comparison

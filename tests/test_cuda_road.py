@@ -1,7 +1,8 @@
-"""The CUDA road on a machine without a GPU: fake tensors on "cuda:1" show crashes, wrong devices and wrong types.
+"""The CUDA road on a machine without a GPU: fake tensors on "cuda:1" show crashes, wrong devices
+and wrong types.
 
-Fake tensors know shapes, types and devices and hold no numbers. PyTorch's CPU build has no backward for them, so gradients
-are set by hand here; what needs real kernels stands in test_gpu.py.
+Fake tensors know shapes, types and devices and hold no numbers. PyTorch's CPU build has no backward
+for them, so gradients are set by hand here; what needs real kernels stands in test_gpu.py.
 """
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -23,11 +24,10 @@ DEVICE = torch.device("cuda", 1)
 def two_gpus(monkeypatch):
     """A machine that says to have two GPUs -> list of those that were made the current one."""
     current = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (80e9, 80e9))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    said = {"is_available": True, "device_count": 2, "mem_get_info": (80e9, 80e9),
+            "is_bf16_supported": True, "is_current_stream_capturing": False}
+    for name, value in said.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *a, value=value, **k: value)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     return current
 
@@ -43,26 +43,28 @@ def fake(two_gpus, monkeypatch):
         yield
 
 
-def on_fake_device(model):
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            there = torch.empty(p.shape, device=DEVICE)
-            module._parameters[name] = torch.nn.Parameter(there, requires_grad=False)
-    return model
-
-
-def outputs_of(model):
-    """Filled as the model runs: (name of the module, device and type of its output)."""
+def watched(model):
+    """The model on DEVICE, and a list that fills as it runs: (name of the module, device and type
+    of its output)."""
     seen = []
     for name, module in model.named_modules():
-        module.register_forward_hook(lambda m, i, out, name=name: seen.append((name, out.device, out.dtype)))
-    return seen
+        module.register_forward_hook(
+            lambda m, i, out, name=name: seen.append((name, out.device, out.dtype)))
+        for key, p in module._parameters.items():
+            there = torch.empty(p.shape, device=DEVICE)
+            module._parameters[key] = torch.nn.Parameter(there, requires_grad=False)
+    return model, seen
+
+
+def check(seen, amp):
+    assert {device for _, device, _ in seen} == {DEVICE}
+    assert {kind for name, _, kind in seen if name == "dense"} == {torch.float32}
+    assert {kind for name, _, kind in seen if "conv" in name} == {amp or torch.float32}
 
 
 @pytest.mark.parametrize("amp", [torch.float16, torch.bfloat16, None])
 def test_an_epoch(fake, monkeypatch, amp):
-    model = on_fake_device(network.ecgfounder(12, drop_path=0.5, dropout=0.05))
-    seen = outputs_of(model)
+    model, seen = watched(network.ecgfounder(12, drop_path=0.5, dropout=0.05))
 
     def backward(loss):
         assert loss.device == DEVICE and loss.dtype == torch.float32
@@ -80,39 +82,16 @@ def test_an_epoch(fake, monkeypatch, amp):
     scaler = torch.amp.GradScaler("cuda", enabled=amp == torch.float16)
     index = [np.arange(4), np.arange(4, 8)]
     post_train.train_epoch(model, optimizer, scaler, split, index, [1e-3] * 2, 1.0, amp)
-    assert {device for _, device, _ in seen} == {DEVICE}
-    assert {kind for name, _, kind in seen if name == "dense"} == {torch.float32}
-    assert {kind for name, _, kind in seen if "conv" in name} == {amp or torch.float32}
+    check(seen, amp)
     assert all(p.device == DEVICE for p in model.parameters())
     assert all(state["exp_avg"].device == DEVICE for state in optimizer.state.values())
 
 
-def test_inference(fake, monkeypatch):
-    """What is predicted on a GPU, from pinned batches, comes back as numbers on the CPU."""
-    model = on_fake_device(network.ecgfounder(12)).eval()
-    seen, pinned = outputs_of(model), []
-    monkeypatch.setattr(data, "ThreadPoolExecutor", AtOnce)  # fake tensors live in one thread
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(len(self)) or self)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: np.zeros(self.shape, np.float32).view(Array))
-    signals = np.zeros((5, 12, 5000), np.float16)
-    got = evaluate.infer(model, signals, np.arange(5), DEVICE, 2, torch.float16)
-    assert got.shape == (5, 12) and pinned == [2, 2, 1]
-    assert {device for _, device, _ in seen} == {DEVICE}
-    assert {kind for name, _, kind in seen if name == "dense"} == {torch.float32}
-
-
-class AtOnce:
-    """A pool without threads."""
+class AtOnce(nullcontext):
+    """A pool without threads, as fake tensors live in one."""
 
     def __init__(self, workers):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
+        super().__init__(self)
 
     def submit(self, function, *arguments):
         result = function(*arguments)
@@ -124,38 +103,45 @@ class Array(np.ndarray):
         return np.asarray(self)
 
 
-@pytest.mark.parametrize("argument, environment, index", [
-    (["--device", "cuda:1"], {}, 1), (["--device", "cuda"], {}, 0), ([], {}, 0),
-    ([], {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 1),
-])
-def test_a_run_takes_its_gpu(two_gpus, demo_set, tmp_path, monkeypatch, argument, environment, index):
-    """From the options to the training and to the test fold, which are left out here."""
-    class Tested(Exception):
-        pass
+def test_inference(fake, monkeypatch):
+    """What is predicted on a GPU, from pinned batches, comes back as numbers on the CPU."""
+    (model, seen), pinned = watched(network.ecgfounder(12).eval()), []
+    monkeypatch.setattr(data, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(len(self)) or self)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: np.zeros(self.shape).view(Array))
+    signals = np.zeros((5, 12, 5000), np.float16)
+    got = evaluate.infer(model, signals, np.arange(5), DEVICE, 2, torch.float16)
+    assert got.shape == (5, 12) and pinned == [2, 2, 1]
+    check(seen, torch.float16)
 
+
+@pytest.mark.parametrize("options, rank, index", [
+    (["--device", "cuda:1"], None, 1), (["--device", "cuda"], None, 0), ([], None, 0),
+    ([], "1", 1)])
+def test_a_run_takes_its_gpu(two_gpus, demo_set, tmp_path, monkeypatch, options, rank, index):
+    """From the options to the training and to the test fold, which are left out here."""
     def predict_folds(path, folds, root, device):
         seen.append(device)
-        raise Tested
+        y = np.eye(2)
+        return {"y_true": y, "y_prob": y, "patient_id": None, "classes": np.array(["a", "b"])}
 
-    seen, device, rank = [], torch.device("cuda", index), int(environment.get("RANK", 0))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    seen, device = [], torch.device("cuda", index)
+    if rank:
+        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
     for name in ("barrier", "destroy_process_group"):
         monkeypatch.setattr(post_train.dist, name, lambda: None)
     monkeypatch.setattr(post_train.dist, "init_process_group", seen.append)
     monkeypatch.setattr(post_train, "train", lambda args, *where: seen.extend([args.amp, *where]))
     monkeypatch.setattr(evaluate, "predict_folds", predict_folds)
-    args = post_train.parse(["--task", "rhythm12", "--weights", "none", "--data", str(demo_set),
-                             "--out", str(tmp_path / "run"), *argument])
-    with nullcontext() if rank else pytest.raises(Tested):
-        post_train.run(args)
+    post_train.post_train(post_train.parse([
+        "--task", "rhythm12", "--weights", "none", "--data", str(demo_set),
+        "--out", str(tmp_path / "run"), *options]))
     assert two_gpus == [device]
-    if rank:
-        assert seen == ["nccl", "fp16", device, 1, 2]
-    else:
-        assert seen == ["fp16", device, 0, 1, device]
+    assert seen == (["nccl", "fp16", device, 1, 2] if rank else ["fp16", device, 0, 1, device])
 
 
 def test_a_gpu_that_is_not_there(two_gpus):
-    with pytest.raises(data.InputError, match="cuda:2: this machine shows 2"):
+    with pytest.raises(data.InputError, match="cuda:2.* 2 CUDA.*--device cpu"):
         evaluate.pick_device("cuda:2")

@@ -1,4 +1,5 @@
-"""What needs a CUDA device: mixed precision, signals on the device or pinned, compile, and the whole road."""
+"""What needs a CUDA device: mixed precision, signals on the device or pinned, compile, and the
+whole road."""
 import json
 
 import numpy as np
@@ -9,14 +10,17 @@ import data
 import evaluate
 import model as network
 import post_train
+from helpers import history
 from plain import PlainNet1D
-from test_post_train import arguments, history
 
 pytestmark = pytest.mark.gpu
 
 
-def on_gpu(demo, out, *more):
-    return [a if a != "cpu" else "cuda" for a in arguments(demo, out, *more)]
+def train(demo, out, *more):
+    arguments = ("--data", demo, "--task", "rhythm12", "--weights", "none", "--probe-epochs", 2,
+                 "--epochs", 2, "--batch-size", 16, "--device", "cuda", "--out", out, *more)
+    post_train.main([str(a) for a in arguments])
+    return out
 
 
 def test_the_network_equals_the_plain_one(monkeypatch):
@@ -28,57 +32,70 @@ def test_the_network_equals_the_plain_one(monkeypatch):
     torch.testing.assert_close(ours(x), plain(x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("amp", ["fp16", "bf16", "off"])
-def test_the_whole_road(demo_set, tmp_path, amp, capsys):
-    post_train.main(on_gpu(demo_set, tmp_path / "run", "--amp", amp))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 4 and all(np.isfinite(line["train_loss"]) for line in lines) and lines[-1]["peak_memory_mb"] > 100
-    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert saved["args"]["amp"] == amp and bool(saved["scaler"]) == (amp == "fp16")
-    evaluate.main([str(tmp_path / "run" / "best.pt"), "--json", str(tmp_path / "s.json"), "--device", "cuda"])
-    got, want = json.loads((tmp_path / "s.json").read_text()), json.loads((tmp_path / "run" / "test.json").read_text())
+@pytest.mark.parametrize("options, amp", [
+    ([], "fp16"), (["--amp", "bf16"], "bf16"), (["--amp", "off"], "off")])
+def test_the_whole_road(demo_set, tmp_path, options, amp):
+    out, scores = train(demo_set, tmp_path / "run", *options), tmp_path / "scores.json"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and lines[-1]["peak_memory_mb"] > 100
+    assert all(np.isfinite(line["train_loss"]) for line in lines)
+    last = torch.load(out / "last.pt", weights_only=True)
+    assert last["args"]["amp"] == amp and bool(last["scaler"]) == (amp == "fp16")
+    evaluate.main([str(out / "best.pt"), "--json", str(scores), "--device", "cuda"])
+    got, want = (json.loads(path.read_text()) for path in (scores, out / "test.json"))
     assert got["macro_auroc"] == pytest.approx(want["macro_auroc"], abs=1e-3)
-
-
-def test_fp16_is_the_default(demo_set, tmp_path):
-    post_train.main(on_gpu(demo_set, tmp_path / "run", "--epochs", "1", "--probe-epochs", "0"))
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["args"]["amp"] == "fp16"
 
 
 def test_killed_and_resumed_goes_on(demo_set, tmp_path, monkeypatch):
     """GPU sums are not bit for bit the same from run to run; the losses agree closely."""
-    post_train.main(on_gpu(demo_set, tmp_path / "whole"))
+    write_history, whole, cut = post_train.write_history, tmp_path / "whole", tmp_path / "cut"
+
+    def killed_after_three(run):
+        write_history(run)
+        if len(run.history) == 3:
+            post_train.stop(2, None)
+
+    train(demo_set, whole)
     with monkeypatch.context() as m, pytest.raises(SystemExit):
-        real = post_train.write_history
-        m.setattr(post_train, "write_history", lambda out, h: (real(out, h), post_train.stop(2, None) if len(h) == 3 else None))
-        post_train.main(on_gpu(demo_set, tmp_path / "cut"))
-    post_train.main(on_gpu(demo_set, tmp_path / "cut", "--resume"))
-    for a, b in zip(history(tmp_path / "whole"), history(tmp_path / "cut")):
+        m.setattr(post_train, "write_history", killed_after_three)
+        train(demo_set, cut)
+    assert len(history(cut)) == 3
+    train(demo_set, cut, "--resume")
+    assert len(history(cut)) == 4
+    for a, b in zip(history(whole), history(cut)):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-2)
 
 
 def test_resident_and_pinned_batches_are_the_same(demo_set, monkeypatch):
-    signals, rows, device = data.load_cache(demo_set).signals, np.arange(5, 40), torch.device("cuda", 0)
-    split = post_train.Split(signals, rows, torch.zeros(35, 1))
+    device = torch.device("cuda", 0)
+    _, signals, rows = data.load_records(demo_set, "all71")
+    split = post_train.Split(signals, rows[5:40], torch.zeros(35, 1))
     resident, there, _ = post_train.on_device(split, device)
-    assert isinstance(resident, torch.Tensor) and resident.is_cuda and resident.dtype == torch.float16
+    assert isinstance(resident, torch.Tensor) and resident.is_cuda
+    assert resident.dtype == torch.float16 and resident.shape == (35, 12, 5000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 1000))
     disk, same, _ = post_train.on_device(split, device)
-    assert disk is signals and same is rows
+    assert disk is signals and same is split.rows
     index = [np.array([3, 1]), np.array([30])]
-    for a, b in zip(data.batches(resident, (there[i] for i in index), device), data.batches(disk, (same[i] for i in index), device)):
-        assert a.is_cuda and b.is_cuda and torch.equal(a, b)
+    a, b = (list(data.batches(array, (of[i] for i in index), device))
+            for array, of in ((resident, there), (disk, same)))
+    for x, y in zip(a, b):
+        assert x.is_cuda and y.is_cuda and torch.equal(x, y)
+    assert len(a) == len(b) == 2
 
 
 def test_compile(demo_set, tmp_path):
-    post_train.main(on_gpu(demo_set, tmp_path / "run", "--compile", "--epochs", "1", "--probe-epochs", "0"))
-    assert set(torch.load(tmp_path / "run" / "best.pt", weights_only=True)["state_dict"]) == set(network.ecgfounder(12).state_dict())
+    out = train(demo_set, tmp_path / "run", "--compile", "--epochs", 1, "--probe-epochs", 0)
+    state = torch.load(out / "best.pt", weights_only=True)["state_dict"]
+    assert set(state) == set(network.ecgfounder(12).state_dict())
 
 
-def test_out_of_memory_names_a_batch_to_try(demo_set, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_names_what_to_change(demo_set, tmp_path, monkeypatch, capsys):
     def full(self, x):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
     monkeypatch.setattr(network.ECGFounder, "forward", full)
     with pytest.raises(SystemExit) as stop:
-        post_train.main(on_gpu(demo_set, tmp_path / "run"))
-    assert stop.value.code == 1 and "--batch-size 8 may fit" in capsys.readouterr().err
+        train(demo_set, tmp_path / "run", "--probe-epochs", 0)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "16" in error and "--batch-size" in error

@@ -53,12 +53,13 @@ class Setting(NamedTuple):
     help: Optional[str] = None
 
 
-# community: a re-implementation by others, as the paper's own values could not be read. official:
-# ECGFounder's fine-tuning recipe, which has no probe.
+SOURCES = ("Sources of the defaults: community, a re-implementation by others, as the paper's own "
+           "values could not be read; official, ECGFounder's fine-tuning recipe, which has no "
+           "probe; ours, settled on fold 9.")
 RECIPE = {
     "probe_epochs": Setting(30, 0, ("community", "official"),
                             "epochs of preview linear probing, 0: none"),
-    "probe_lr": Setting(5e-3, 5e-3, ("community", "community"), "learning rate of the probe"),
+    "probe_lr": Setting(1e-3, 1e-3, ("ours", "ours"), "learning rate of the probe"),
     "probe_final_lr": Setting(0.0, 0.0, ("ours", "ours")),
     "probe_schedule": Setting("cosine", "cosine", ("ours", "ours")),
     "probe_optimizer": Setting("adamw", "adamw", ("community", "community")),
@@ -75,8 +76,8 @@ RECIPE = {
     "drop_path": Setting(0.5, 0.0, ("community", "official"),
                          "share of residual branches dropped in fine-tuning"),
     "dropout": Setting(0.05, 0.0, ("community", "official"), "dropout before the head"),
-    "batch_size": Setting(256, 256, ("community", "official"), "ECGs a step, on all devices"),
-    "interpolate": Setting(False, False, ("ours", "official"),
+    "batch_size": Setting(32, 256, ("ours", "official"), "ECGs a step, on all devices"),
+    "interpolate": Setting(True, False, ("ours", "official"),
                            "at the end validate the weights between the probe's and the last "
                            "epoch's too"),
 }
@@ -386,7 +387,11 @@ def interpolate(run, val_split):
         started = time.perf_counter()
         model.load_state_dict({key: torch.lerp(start[key].to(value), value, share)
                                for key, value in end.items()})
-        scores = validate(model.eval(), val_split, run.device, amp)
+        try:
+            scores = validate(model.eval(), val_split, run.device, amp)
+        except NonFinite as error:
+            run.say(f"{share:.0%} of fine-tuning  {error}, left out")
+            continue
         run.history.append({"stage": "interpolate", "epoch": trial, "share": share, **scores,
                             "seconds": time.perf_counter() - started})
         save_best(run)
@@ -581,7 +586,7 @@ def scores_of(line):
 # ------------------------------------------------------------------------------------- command line
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], epilog=SOURCES)
     add = parser.add_argument
     add("--task", required=True, metavar="TASK", help=f"one of {', '.join(data.TASKS)}")
     add("--frac", type=float, default=1.0,

@@ -370,7 +370,8 @@ def open_cache(array, files, plan):
         signals, marks = (np.load(path, mmap_mode="r") for path in (array, files.marks))
     except (OSError, ValueError, EOFError):
         return None
-    whole = signals.shape == tuple(plan["shape"]) and len(marks) == len(signals)
+    whole = signals.shape == tuple(plan["shape"]) and marks.shape == signals.shape[:1]
+    whole &= signals.dtype == np.float16 and marks.dtype == bool
     return (signals, marks) if whole else None
 
 
@@ -383,16 +384,17 @@ def build_cache(root, how="filter", workers=None, skip_unreadable=False):
     again.
     """
     files, plan = cache_files(root, how), plan_cache(root, how)
-    found = open_cache(files.array, files, plan)
-    if found and found[1].all():
+    found, folder = open_cache(files.array, files, plan), files.array.parent
+    fixed = skip_unreadable and not os.access(folder, os.W_OK)  # nothing can be tried again
+    if found and (found[1].all() or fixed):
         return
     try:
-        files.array.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise InputError(f"{files.array.parent}: {error.strerror.lower()}; the cache is kept "
-                         "there, remove what is in its way, or copy the data to a folder that can "
-                         "be written to") from None
-    with locked(files.array.parent, [f"{how}.*"]):  # a second build waits here
+        raise InputError(f"{folder}: {error.strerror.lower()}; the cache is kept there, remove "
+                         "what is in its way, or copy the data to a folder that can be written "
+                         "to") from None
+    with locked(folder, [f"{how}.*"]):  # a second build waits here
         unreadable = fill(files, plan, root, workers or os.cpu_count())
         if unreadable:
             write_atomically(files.unreadable, lambda path: write_listing(path, unreadable))
@@ -440,7 +442,7 @@ def begin_cache(files, plan):
         raise InputError(f"{files.array}: no space left: it wants {size / 1e9:.2g} GB and finds "
                          f"{free / 1e9:.2g}; make room and run this again")
     np.lib.format.open_memmap(files.part, "w+", np.float16, tuple(plan["shape"]))
-    np.lib.format.open_memmap(files.marks, "w+", bool, (plan["shape"][0],))
+    np.save(files.marks, np.zeros(plan["shape"][0], bool))
     write_atomically(files.plan, lambda path: path.write_text(json.dumps(plan)))
 
 
@@ -466,6 +468,7 @@ def run_jobs(function, jobs, workers):
     if workers == 1 or len(jobs) < 2:
         yield from (function(*job) for job in jobs)
         return
+    import scipy.ndimage, scipy.signal, wfdb  # noqa: E401,F401  once, not in every worker
     fork = multiprocessing.get_context("fork")
     try:
         with ProcessPoolExecutor(min(workers, len(jobs)), fork, end_with_parent) as pool:
@@ -520,15 +523,16 @@ class PTBXL(torch.utils.data.Dataset):
     """
 
     def __init__(self, root, task, folds, how="filter"):
-        labels, self.signals, rows = load_records(root, task, how)
+        labels, _, rows = load_records(root, task, how)
         chosen = np.isin(labels.fold, folds)
         self.rows, self.y, self.classes = rows[chosen], labels.y[chosen], labels.classes
+        self.path = cache_files(root, how).array  # an open array would be copied to each worker
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        signal = self.signals[self.rows[i]].astype(np.float32)
+        signal = np.load(self.path, mmap_mode="r")[self.rows[i]].astype(np.float32)
         return torch.from_numpy(signal), torch.from_numpy(self.y[i].astype(np.float32))
 
 

@@ -1,10 +1,11 @@
 """Run a script of the project with a small network and kill it (SIGKILL) at one of its moments.
 
-    python tests/moments.py LIST 0 FOLDER post_train.py --task ...     # run to the end; the moments' names go to the file LIST
-    python tests/moments.py LIST 37 FOLDER post_train.py --task ...    # end at the 37th moment
+    python tests/moments.py LIST 0 FOLDER post_train.py ...     # to the end; their names go to LIST
+    python tests/moments.py LIST 37 FOLDER post_train.py ...    # end at the 37th moment
 
-Moments: each file below FOLDER that is opened, renamed or removed, by the script's workers too; each call of a module of the
-network; and a checkpoint of which half is written. Their order is the same in every run of one process.
+Moments: each file below FOLDER that is opened, renamed or removed, by the script's workers too;
+each call of os.fsync and of a module of the network; and a checkpoint of which half is written.
+Their order is the same in every run of one process.
 """
 import atexit
 import json
@@ -22,24 +23,32 @@ import tiny
 def watch(listing, kill_at, folder):
     """Begin to count; returns the function that counts a moment."""
     counter, names, script = multiprocessing.get_context("fork").Value("q"), [], os.getpid()
+    fsync = os.fsync
 
     def moment(name, just_before=lambda: None):
         with counter.get_lock():
             counter.value += 1
-            names.append(re.sub(r"\.\d+\.", "", name, count=1))  # a temporary file's name holds the process number
+            names.append(re.sub(r"\.\d+\.", "", name, count=1))  # the process in a temporary's name
             if counter.value == kill_at:
                 just_before()
                 os.kill(script, signal.SIGKILL)
 
     def audit(event, args):
-        if event in ("open", "os.rename", "os.remove") and isinstance(args[0], (str, os.PathLike)) and str(args[0]).startswith(folder):
-            moment(f"{event} {os.path.basename(args[0])}")
+        if event in ("open", "os.rename", "os.remove") and isinstance(args[0], (str, os.PathLike)):
+            if str(args[0]).startswith(folder):
+                moment(f"{event} {os.path.basename(args[0])}")
 
     def write():
         if os.getpid() == script:
-            Path(listing).write_text(json.dumps(names + ["in a worker"] * (counter.value - len(names))))
+            elsewhere = ["in a worker"] * (counter.value - len(names))
+            Path(listing).write_text(json.dumps(names + elsewhere))
+
+    def fsync_and_watch(descriptor):
+        moment("os.fsync")
+        fsync(descriptor)
 
     sys.addaudithook(audit)
+    os.fsync = fsync_and_watch
     atexit.register(write)
     return moment
 
@@ -52,9 +61,12 @@ def watch_network(moment):
         save(value, path)
         moment(f"half of {path.name}", lambda: os.truncate(path, path.stat().st_size // 2))
 
+    def called(module, x):
+        mode = "training" if module.training else "inference"
+        moment(f"{mode} {type(module).__name__}")
+
     torch.save = save_and_watch
-    torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda module, x: moment(f"{'training' if module.training else 'inference'} {type(module).__name__}"))
+    torch.nn.modules.module.register_module_forward_pre_hook(called)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""The obvious way, as the reference of the parity tests and of the benchmark: ECGFounder's network written down step by step
-after its description, stochastic depth as a 0/1 mask on branches that are computed for every sample, records read and
-filtered whenever they are needed, and a bootstrap that calls scikit-learn for every draw."""
+"""The obvious way, as the reference of the parity tests and of the benchmark: ECGFounder's network
+written down step by step after its description, stochastic depth as a 0/1 mask on branches that are
+computed for every sample, records read and filtered whenever they are needed, and a bootstrap that
+calls scikit-learn for every draw."""
 import math
 
 import numpy as np
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-STAGES = ((64, 2), (160, 2), (160, 2), (400, 3), (400, 3), (1024, 4), (1024, 4))
+LEVELS = ((64, 2), (160, 2), (160, 2), (400, 3), (400, 3), (1024, 4), (1024, 4))
 
 
 def swish(x):
@@ -60,32 +60,27 @@ class PlainBlock(nn.Module):
         return out + x
 
 
-class PlainStage(nn.Module):
-    def __init__(self, blocks):
-        super().__init__()
-        self.block_list = nn.ModuleList(blocks)
-
-
 class PlainNet1D(nn.Module):
-    """The same parameter names as the published network; drop_path_rates: one for each of the 20 blocks."""
+    """The same parameter names as the published network; drop_path_rates: one for each of the 20
+    blocks."""
 
     def __init__(self, n_classes, in_channels=12, drop_path_rates=(0.0,) * 20):
         super().__init__()
         self.first_conv = PaddedConv(in_channels, 64, 16, 2)
-        stages, channels, rates = [], 64, iter(drop_path_rates)
-        for i, (out_channels, n) in enumerate(STAGES):
+        self.stage_list, channels, rates = nn.ModuleList(), 64, iter(drop_path_rates)
+        for i, (out_channels, n) in enumerate(LEVELS):
             blocks = []
             for j in range(n):
-                blocks.append(PlainBlock(channels, out_channels, 2 if j == 0 else 1, i == j == 0, next(rates)))
+                stride = 2 if j == 0 else 1
+                blocks.append(PlainBlock(channels, out_channels, stride, i == j == 0, next(rates)))
                 channels = out_channels
-            stages.append(PlainStage(blocks))
-        self.stage_list = nn.ModuleList(stages)
+            self.stage_list.append(nn.ModuleDict({"block_list": nn.ModuleList(blocks)}))
         self.dense = nn.Linear(1024, n_classes)
 
     def forward_features(self, x):
         x = swish(self.first_conv(x))
-        for stage in self.stage_list:
-            for block in stage.block_list:
+        for level in self.stage_list:
+            for block in level["block_list"]:
                 x = block(x)
         return x.mean(-1)
 
@@ -105,7 +100,8 @@ def read_and_filter(path):
 
 
 def bootstrap(y_true, y_prob, weights):
-    """Macro AUROC and AUPRC for every row of `weights` (draws, N): a loop over draws and classes."""
+    """Macro AUROC and AUPRC for each row of `weights` (draws, N): a loop over draws and classes."""
     from sklearn.metrics import average_precision_score, roc_auc_score
-    return np.array([[np.mean([score(y_true[:, c], y_prob[:, c], sample_weight=w) for c in range(y_true.shape[1])])
-                      for score in (roc_auc_score, average_precision_score)] for w in weights])
+    scores, pairs = (roc_auc_score, average_precision_score), list(zip(y_true.T, y_prob.T))
+    return np.array([[np.mean([score(*pair, sample_weight=w) for pair in pairs])
+                      for score in scores] for w in weights])

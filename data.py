@@ -38,13 +38,14 @@ LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V
 FS = 500            # Hz
 SAMPLES = 5000      # 10 s
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10
-TASKS = {           # columns of scp_statements.csv: which flags the statements, which names classes
-    "all71": (None, ""),
-    "diagnostic44": ("diagnostic", ""),
+STATEMENT = ""      # the first column of scp_statements.csv has no name
+TASKS = {           # its columns: which flags the task's statements, which names their classes
+    "all71": (None, STATEMENT),
+    "diagnostic44": ("diagnostic", STATEMENT),
     "subclass23": ("diagnostic", "diagnostic_subclass"),
     "superclass5": ("diagnostic", "diagnostic_class"),
-    "form19": ("form", ""),
-    "rhythm12": ("rhythm", ""),
+    "form19": ("form", STATEMENT),
+    "rhythm12": ("rhythm", STATEMENT),
 }
 PREPROCESSING = ("filter", "zscore", "raw")
 
@@ -117,11 +118,10 @@ def load_labels(root, task):
 def read_classes(root, task):
     """scp_statements.csv -> {statement: its class in the task, None where it has none}."""
     flag, name = TASKS[task]
-    columns = {column for pair in TASKS.values() for column in pair if column is not None}
-    class_of = {}
+    columns, class_of = {STATEMENT, flag, name} - {None}, {}
     for row in read_table(root, STATEMENTS, columns):
         flagged = flag is None or row[flag].strip() in ("1", "1.0")
-        class_of[row[""]] = (row[name] or None) if flagged else None
+        class_of[row[STATEMENT]] = (row[name] or None) if flagged else None
     return class_of
 
 
@@ -263,14 +263,14 @@ def preprocess(signal, fs, how="filter"):
     # 10 s, and one more for the filter that resamples
     x = x[:, :math.ceil(11 * min(fs, MAX_FS))].astype(np.float64)
     if not np.abs(x[~np.isnan(x)]).max(initial=0) <= MAX_MILLIVOLTS:
-        raise InputError(f"holds infinite samples or such beyond {MAX_MILLIVOLTS:g} mV; wanted an "
-                         "ECG in millivolts")
+        raise InputError(f"a signal with infinite samples, or some beyond {MAX_MILLIVOLTS:g} mV; "
+                         "wanted an ECG in millivolts")
     x = np.stack([fill_gaps(lead) for lead in x])
     x = resample(x, fs)[:, :SAMPLES]
     if how == "filter":
         x = remove_noise(x)
     if how != "raw":
-        std = x.std()
+        std = x.std()  # the small number beside it stands in ECGFounder's own preprocessing
         x = (x - x.mean()) / (std + 1e-8) if std >= 1e-6 else np.zeros_like(x)
     out = np.zeros((len(LEADS), SAMPLES), np.float32)
     out[:, :x.shape[1]] = x
@@ -309,8 +309,8 @@ def remove_noise(x):
     of 0.4 s."""
     from scipy import ndimage, signal as dsp
     if x.shape[1] < BASELINE_WINDOW:
-        raise InputError(f"is {x.shape[1] / FS:g} s long; wanted at least {BASELINE_WINDOW / FS:g} "
-                         "s to filter it")
+        raise InputError(f"a signal of {x.shape[1] / FS:g} s; wanted at least "
+                         f"{BASELINE_WINDOW / FS:g} s to filter it")
     x = dsp.filtfilt(*dsp.iirnotch(50, 30, FS), x)
     x = dsp.sosfiltfilt(dsp.butter(4, (0.67, 40), "bandpass", fs=FS, output="sos"), x)
     # One lead at a time: SciPy's fast running median is the one for 1-D arrays.
@@ -474,8 +474,8 @@ def run_jobs(function, jobs, workers):
         with ProcessPoolExecutor(min(workers, len(jobs)), fork, end_with_parent) as pool:
             yield from pool.map(function, *zip(*jobs))
     except BrokenProcessPool:
-        raise InputError("a worker was killed, for want of memory perhaps; run the same command "
-                         "again, it goes on from what is done (fewer --workers need less "
+        raise InputError("a worker was killed, perhaps because memory ran out; run the same "
+                         "command again, it goes on from what is done (fewer --workers need less "
                          "memory)") from None
 
 

@@ -33,7 +33,7 @@ DRAW_CHUNK = 2**22  # weights held at once, 32 MB
 CHECKPOINT_LAYOUT = 1
 CHECKPOINT = {"layout": int, "task": str, "classes": list, "preprocessing": str, "data": str,
               "args": dict}  # what one says of itself
-PREDICTIONS = {     # the arrays, of which the last two may lack, and NumPy's kinds of type
+PREDICTIONS = {     # the arrays (the last two may be missing) and the NumPy kinds they may have
     "y_true": "biuf", "y_prob": "biuf", "classes": "biufUS", "ecg_id": "biufUS",
     "patient_id": "biufUS"}
 
@@ -301,8 +301,8 @@ def load_checkpoint(path):
         lacking = ["classes"]
     if lacking:
         raise InputError(f"{path}: does not say its {lacking[0]}; wanted a checkpoint of "
-                         "post_train.py (weights for it to start from are no model of a task yet: "
-                         "train first)")
+                         "post_train.py (the official weights are no model of a task yet: train "
+                         "first)")
     if checkpoint["layout"] != CHECKPOINT_LAYOUT:
         raise InputError(f"{path}: is of checkpoint layout {checkpoint['layout']}, this is layout "
                          f"{CHECKPOINT_LAYOUT}; use the files it was trained with, or train again")
@@ -348,9 +348,10 @@ def load_predictions(path):
     try:
         with np.load(path, allow_pickle=False) as z:
             found = {key: z[key] for key in PREDICTIONS if key in z.files}
+        for key, array in found.items():
+            if array.dtype.kind == "S":
+                found[key] = np.char.decode(array, "utf-8", "replace")
         y, p, classes = (found[key] for key in ("y_true", "y_prob", "classes"))
-        if classes.dtype.kind == "S":
-            classes = np.char.decode(classes, "utf-8", "replace")
         (n, n_classes), ids = y.shape, [found.get(key) for key in ("ecg_id", "patient_id")]
         fits = p.shape == y.shape and classes.shape == (n_classes,) and n * n_classes > 0
         fits &= all(array is None or array.shape == (n,) for array in ids)
@@ -461,7 +462,7 @@ def plot_record(record, path):
     matplotlib.use("Agg")
     import wfdb
     signal, fs = data.read_record(record)
-    signal = np.nan_to_num(signal[:, :int(10 * fs)]).T.astype(float)
+    signal = np.stack([data.fill_gaps(lead) for lead in signal[:, :int(10 * fs)].astype(float)]).T
     figure = wfdb.plot_items(
         signal=signal, fs=fs, sig_name=list(data.LEADS), sig_units=["mV"] * len(data.LEADS),
         time_units="seconds", ecg_grids="all", figsize=(16, 22), title=Path(record).name,
@@ -479,9 +480,10 @@ def save_picture(figure, path, dpi):
 
 # ------------------------------------------------------------------------------------- command line
 
-def output_of(model, out):
-    """Where a checkpoint's predictions go."""
-    path = Path(out or Path(model).with_name("predictions.npz"))
+def output_of(model, out, folds):
+    """Where a checkpoint's predictions of `folds` (None: of the test fold) go."""
+    name = "-".join(["predictions", *map(str, folds or [])])
+    path = Path(out or Path(model).with_name(f"{name}.npz"))
     return path if path.suffix == ".npz" or path.is_dir() else path.with_name(f"{path.name}.npz")
 
 
@@ -515,7 +517,7 @@ def check(args):
         raise InputError(f"--batch-size is {args.batch_size}; wanted at least 1")
     outputs = [Path(path) for path in (args.json, args.plot) if path]
     if not args.record:
-        outputs += [output_of(path, args.out) for path in dict.fromkeys(checkpoints)]
+        outputs += [output_of(path, args.out, args.fold) for path in dict.fromkeys(checkpoints)]
     taken = {Path(path).resolve() for path in args.models}
     for path in outputs:
         if path.is_dir() or not path.parent.is_dir():
@@ -536,7 +538,8 @@ def parse(argv):
         help="folds to predict (default: 10, the test fold)")
     add("--data", help="PTB-XL's folder (default: where the checkpoint was trained)")
     add("--out",
-        help="where to write the predictions (default: predictions.npz beside the checkpoint)")
+        help="where to write the predictions (default: predictions.npz, with --fold 9 "
+             "predictions-9.npz, beside the checkpoint)")
     add("--json", metavar="FILE", help="also write the scores as JSON")
     add("--record", metavar="PATH",
         help="predict this one WFDB record (path without extension) instead")
@@ -566,7 +569,7 @@ def run(args):
         else:
             models[path] = predict_folds(path, args.fold or [data.TEST_FOLD], args.data, device,
                                          args.batch_size, args.skip_unreadable)
-            data.write_atomically(output_of(path, args.out),
+            data.write_atomically(output_of(path, args.out, args.fold),
                                   lambda temporary: np.savez(temporary, **models[path]))
     models = [models[path] for path in args.models]
     if len(models) == 1:

@@ -24,7 +24,8 @@ from torch import nn
 
 # (channels, blocks) of each level; a level's signals are half as long as those of the one before.
 LEVELS = ((64, 2), (160, 2), (160, 2), (400, 3), (400, 3), (1024, 4), (1024, 4))
-KERNEL = 16         # samples; also the channels per group of the grouped convolutions
+KERNEL = 16         # samples
+GROUP = 16          # channels per group of the grouped convolutions
 MIN_SAMPLES = 32
 
 OFFICIAL = "checkpoints/12_lead_ECGFounder.pth"
@@ -118,7 +119,7 @@ class Block(nn.Module):
 
     def __init__(self, in_channels, out_channels, stride, drop_path, leading_swish):
         super().__init__()
-        groups = out_channels // KERNEL
+        groups = out_channels // GROUP
         self.conv1 = SameConv1d(in_channels, out_channels, 1)
         self.conv2 = SameConv1d(out_channels, out_channels, KERNEL, stride, groups)
         self.conv3 = SameConv1d(out_channels, out_channels, 1)
@@ -185,7 +186,9 @@ class ECGFounder(nn.Module):
             blocks = []
             for j in range(n_blocks):
                 stride = 2 if j == 0 else 1
-                blocks.append(Block(channels, out_channels, stride, next(rates), i + j > 0))
+                # What enters the first block has just gone through a swish.
+                blocks.append(Block(channels, out_channels, stride, next(rates),
+                                    leading_swish=i + j > 0))
                 channels = out_channels
             self.stage_list.append(Level(blocks))
         self.dropout = nn.Dropout(dropout)
@@ -229,7 +232,7 @@ def ecgfounder(n_classes, in_channels=12, drop_path=0.0, drop_path_mode="constan
     n_blocks = sum(blocks for _, blocks in levels)
     rates = [drop_path] * n_blocks
     if drop_path_mode == "linear":
-        rates = [drop_path * (i / (n_blocks - 1)) for i in range(n_blocks)]
+        rates = [drop_path * (i / max(1, n_blocks - 1)) for i in range(n_blocks)]
     return ECGFounder(n_classes, in_channels, levels, rates, dropout)
 
 
@@ -357,15 +360,17 @@ def verify(path):
     """Check a checkpoint and say what it is: lines to print. Raises WeightsError where something
     is wrong."""
     state = read_checkpoint(path)["state_dict"]
-    stem, dense = state.get("first_conv.conv.weight"), state.get("dense.weight")
-    if stem is None or dense is None or stem.dim() != 3 or dense.dim() != 2:
-        raise WeightsError(f"{path}: has no first_conv.conv.weight and dense.weight; wanted "
-                           "ECGFounder's network with its head")
-    model = ecgfounder(dense.shape[0], stem.shape[1]).eval()
-    load_state(model, state, path, head=True)
-    loaded, digest = len(model.state_dict()), sha256(path)
-    lines = [f"{path}: {loaded} tensors loaded, {len(state) - loaded} unused BatchNorm tensors "
-             f"left out; {stem.shape[1]} leads, {dense.shape[0]} classes"]
+    stem = state.get("first_conv.conv.weight")
+    head = [value for key, value in state.items() if str(key).startswith("dense.")]
+    if stem is None or stem.dim() != 3 or any(value.dim() == 0 for value in head):
+        raise WeightsError(f"{path}: has no first_conv.conv.weight; wanted ECGFounder's network")
+    n_classes = len(head[0]) if head else 1
+    model = ecgfounder(n_classes, stem.shape[1]).eval()
+    load_state(model, state, path, bool(head))
+    unused, digest = len(unused_keys(model) & state.keys()), sha256(path)
+    classes = f"{n_classes} classes" if head else "no head"
+    lines = [f"{path}: {len(state) - unused} tensors loaded, {unused} unused BatchNorm tensors "
+             f"left out; {stem.shape[1]} leads, {classes}"]
     if digest != OFFICIAL_SHA256:
         return lines + [f"sha256 {digest}: not the known 12-lead release, so its logits were not "
                         "compared"]
@@ -407,14 +412,17 @@ def main(argv=None):
     try:
         if args.download:
             download(OFFICIAL, args.url)
-        if args.download or args.weights:
-            lines = verify(args.weights or OFFICIAL)
-        else:
-            lines = describe(ecgfounder(n_classes=150))
-        print("\n".join(lines))
+            print("\n".join(verify(OFFICIAL)))
+        if args.weights:
+            print("\n".join(verify(args.weights)))
+        if not args.download and not args.weights:
+            print("\n".join(describe(ecgfounder(n_classes=150))))
     except (WeightsError, OSError) as error:
         sys.stderr.write(f"model.py: {error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("model.py: interrupted; nothing is half written\n")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

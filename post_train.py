@@ -27,7 +27,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
-# Imported before there is a process group, which its default arguments would keep alive.
+# Imported while there is no process group: its default arguments would hold on to one.
 import torch.distributed.nn  # noqa: F401
 import torch.nn.functional as F
 
@@ -64,7 +64,7 @@ RECIPE = {
     "probe_schedule": Setting("cosine", "cosine", ("ours", "ours")),
     "probe_optimizer": Setting("adamw", "adamw", ("community", "community")),
     "probe_weight_decay": Setting(0.1, 0.1, ("community", "community")),
-    "epochs": Setting(30, 30, ("community", "an official script"), "epochs of fine-tuning"),
+    "epochs": Setting(30, 30, ("community", "official"), "epochs of fine-tuning"),
     "lr": Setting(5e-4, 1e-4, ("community", "official"), "learning rate of fine-tuning"),
     "final_lr": Setting(1e-5, 0.0, ("community", "official")),
     "schedule": Setting("cosine", "plateau", ("community", "official")),
@@ -100,12 +100,12 @@ class Stage(NamedTuple):
 
 def stages_of(args):
     """The two stages of a run: RECIPE's values, or those of the command line."""
-    value = {key: getattr(setting, args.strategy) for key, setting in RECIPE.items()} | vars(args)
-    stages = []
-    for name, prefix in (("probe", "probe_"), ("finetune", "")):
-        fields = [field for field in Stage._fields if prefix + field in value]
-        stages.append(Stage(name, **{field: value[prefix + field] for field in fields}))
-    return stages
+    v = {key: getattr(setting, args.strategy) for key, setting in RECIPE.items()} | vars(args)
+    probe = Stage("probe", v["probe_epochs"], v["probe_lr"], v["probe_final_lr"],
+                  v["probe_schedule"], v["probe_optimizer"], v["probe_weight_decay"])
+    finetune = Stage("finetune", v["epochs"], v["lr"], v["final_lr"], v["schedule"],
+                     v["optimizer"], v["weight_decay"], v["clip"], v["layer_decay"])
+    return probe, finetune
 
 
 def learning_rate(stage, progress, aurocs):
@@ -306,6 +306,8 @@ def train(args, device, rank=0, world=1):
     described, train_split, val_split = load_splits(args, device)
     run = begin(args, device, rank, world, described, train_split)
     model, (probe, finetune) = run.model, stages_of(args)
+    if AMP[args.amp]:
+        check_precision(model.eval(), train_split, device, AMP[args.amp])
     run.say(first_line(run, len(train_split.rows), len(val_split.rows)))
 
     # Stage 1, preview linear probing: the backbone is frozen, so it runs once.
@@ -421,8 +423,6 @@ def begin(args, device, rank, world, described, train_split):
         network.load_pretrained(model, args.weights)
         new_head(model, args.seed)
     model.to(device)
-    if AMP[args.amp]:
-        check_precision(model.eval(), train_split, device, AMP[args.amp])
     history, state = [], {}
     if last:
         history, state = last["history"], {key: last[key] for key in ("optimizer", "scaler")}
@@ -607,10 +607,10 @@ def parse(argv):
         kind = {"type": type(setting.post)}
         if isinstance(setting.post, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        default = ", with --strategy baseline ".join(
-            f"{value}, {source}" for value, source in zip(setting, setting.sources))
+        post, baseline = setting.sources
         add(f"--{key.replace('_', '-')}", **kind, default=argparse.SUPPRESS,
-            help=f"{setting.help} (default: {default})")
+            help=f"{setting.help} (default: {setting.post}, {post}; with --strategy baseline "
+                 f"{setting.baseline}, {baseline})")
     add("--drop-path-mode", choices=("constant", "linear"), default="constant",
         help="the same rate in every block, or growing with depth; the paper's is unknown "
              "(default: constant, ours)")

@@ -215,7 +215,7 @@ def test_missing_samples_are_interpolated_and_flat_records_zeros():
 
 
 @pytest.mark.parametrize("signal, fs, words", [
-    (SIGNAL[:, :50], 500, "is 0.1 s long"), (SIGNAL, 0, "positive rate"),
+    (SIGNAL[:, :50], 500, "of 0.1 s"), (SIGNAL, 0, "positive rate"),
     (SIGNAL, np.nan, "positive rate"), (SIGNAL[:11], 500, r"\(11, 5000\)"),
     (SIGNAL[:, :0], 500, "wanted"), (np.where(SIGNAL > 1, np.inf, SIGNAL), 500, "infinite"),
     (SIGNAL * 1e6, 500, "beyond")])

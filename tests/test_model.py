@@ -443,6 +443,8 @@ def test_a_bare_state_dict_and_a_file_without_a_head_load(founder, tmp_path, bar
     head = model.dense.weight.clone()
     network.load_pretrained(model, tmp_path / "w.pth")
     assert torch.equal(model.dense.weight, head)
+    said = network.verify(tmp_path / "w.pth")[0]
+    assert ("150 classes" if with_head else "no head") in said
     for key, value in model.state_dict().items():
         assert "dense" in key or torch.equal(value, founder.state_dict()[key]), key
 

@@ -21,7 +21,8 @@ import model as network
 import post_train
 from helpers import ROOT, edit_csv
 
-README = (ROOT / "README.md").read_text().replace("\\\n", " ")
+PAGES = ROOT / "README.md", ROOT / "tests" / "RESULTS.md"
+README = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
 
 
 def read_csv(path):
@@ -213,6 +214,7 @@ def test_the_readmes_way_to_score_another_model(demo, tmp_path, monkeypatch, cap
 
 
 def test_the_readmes_way_to_use_the_network(demo_set, tmp_path, monkeypatch):
+    (tmp_path / "ptbxl").symlink_to(demo_set)
     founder = network.ecgfounder(150)
     (tmp_path / "checkpoints").mkdir()
     torch.save({"state_dict": founder.state_dict()}, tmp_path / network.OFFICIAL)
@@ -223,6 +225,7 @@ def test_the_readmes_way_to_use_the_network(demo_set, tmp_path, monkeypatch):
     assert found["logits"].shape == (1, 5) and found["features"].shape == (1, 1024)
     with torch.inference_mode():
         torch.testing.assert_close(found["features"], founder.eval().forward_features(found["x"]))
+    assert len(found["train"]) == (data.load_labels(demo_set, "all71").fold <= 8).sum()
 
 
 def test_the_readmes_training_commands_are_understood(tmp_path, monkeypatch):

@@ -155,6 +155,14 @@ def checkpoint(tiny, trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run") / "best.pt"
 
 
+def test_other_folds_go_to_a_file_of_their_own(checkpoint, demo_set):
+    evaluate.main([str(checkpoint), "--fold", "8", "9"])
+    labels, folder = data.load_labels(demo_set, "rhythm12"), checkpoint.parent
+    found = np.load(folder / "predictions-8-9.npz")["ecg_id"].tolist()
+    assert found == labels.ecg_id[np.isin(labels.fold, (8, 9))].tolist()
+    assert not (folder / "predictions.npz").exists()
+
+
 def test_a_checkpoint_alone_is_enough(checkpoint, demo_set, tmp_path, capsys):
     evaluate.main([str(checkpoint), "--json", str(tmp_path / "s.json")])
     out, scores = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())

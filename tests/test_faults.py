@@ -255,10 +255,11 @@ def test_a_full_disk_keeps_earlier_predictions(tiny, demo_set, undisturbed, tmp_
     disk = tmp_path / "disk"
     with small_disk(disk, (undisturbed / "best.pt").stat().st_size + 8192):
         shutil.copy(undisturbed / "best.pt", disk)
-        (disk / "predictions.npz").write_bytes(b"earlier")
-        argv = [disk / "best.pt", "--data", demo_set, "--fold", *range(1, 11)]
-        fails(evaluate.main, argv, "predictions.npz", "no space left", "make room")
-        assert (disk / "predictions.npz").read_bytes() == b"earlier" and not temporaries(disk)
+        out = disk / "predictions.npz"
+        out.write_bytes(b"earlier")
+        argv = [disk / "best.pt", "--data", demo_set, "--fold", *range(1, 11), "--out", out]
+        fails(evaluate.main, argv, out.name, "no space left", "make room")
+        assert out.read_bytes() == b"earlier" and not temporaries(disk)
 
 
 # --------------------------------------------------------------------------------------------- load

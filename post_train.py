@@ -7,8 +7,8 @@ stochastic depth.
 
 Method: Zhou et al., "Bridging Performance Gaps for Foundation Models: A Post-Training Strategy
 for ECGFounder" (arXiv 2509.12991). Folds 1-8 train, fold 9 selects the checkpoint, fold 10 is read
-once, at the end. Writes to --out: metrics.jsonl (a line an epoch), probe.pt (the probe's end),
-best.pt (best validation macro AUROC), last.pt (to --resume from), test.json.
+once, at the end. Writes to --out: metrics.jsonl (a line an epoch), probe.pt and best.pt (the best
+validation macro AUROC of the probe, and of fine-tuning), last.pt (to --resume from), test.json.
 Needs data.py, model.py and evaluate.py beside it.
 """
 import argparse
@@ -306,8 +306,6 @@ def train(args, device, rank=0, world=1):
     described, train_split, val_split = load_splits(args, device)
     run = begin(args, device, rank, world, described, train_split)
     model, (probe, finetune) = run.model, stages_of(args)
-    if AMP[args.amp]:
-        check_precision(model.eval(), train_split, device, AMP[args.amp])
     run.say(first_line(run, len(train_split.rows), len(val_split.rows)))
 
     # Stage 1, preview linear probing: the backbone is frozen, so it runs once.
@@ -315,6 +313,8 @@ def train(args, device, rank=0, world=1):
         features = extract_features(run, train_split, val_split)
         head = torch.nn.Sequential(model.dropout, model.dense)
         fit(run, probe, head, [model.dense], *features, amp=None)
+    if probe.epochs and not run.finished(finetune):
+        model.load_state_dict(best_probe(run))
 
     # Stage 2, fine-tuning: everything, with stochastic depth.
     if run.finished(finetune) < finetune.epochs:
@@ -323,6 +323,14 @@ def train(args, device, rank=0, world=1):
 
     if args.interpolate and probe.epochs and finetune.epochs:
         interpolate(run, val_split)
+
+
+def best_probe(run):
+    """The state_dict of probe.pt. Later epochs of the probe may fit the training records more
+    closely, and others less well."""
+    if run.world > 1:
+        dist.barrier()  # until rank 0 has written it
+    return network.read_checkpoint(Path(run.args.out, "probe.pt"))["state_dict"]
 
 
 def extract_features(run, *splits):
@@ -380,10 +388,10 @@ def plan_epoch(run, stage, epoch, n):
 
 
 def interpolate(run, val_split):
-    """Validate weights on the line from the probe's end to the last epoch's (WiSE-FT, Wortsman et
-    al. 2022); best.pt becomes the best of them where it beats every epoch of fine-tuning."""
+    """Validate weights on the line from the probe's to the last epoch's (WiSE-FT, Wortsman et al.
+    2022); best.pt becomes the best of them where it beats every epoch of fine-tuning."""
     model, amp = run.model, AMP[run.args.amp]
-    start = network.read_checkpoint(Path(run.args.out, "probe.pt"))["state_dict"]
+    start = best_probe(run)
     end = {key: value.clone() for key, value in model.state_dict().items()}
     for trial, share in enumerate(SHARES, 1):
         started = time.perf_counter()
@@ -423,6 +431,8 @@ def begin(args, device, rank, world, described, train_split):
         network.load_pretrained(model, args.weights)
         new_head(model, args.seed)
     model.to(device)
+    if AMP[args.amp]:
+        check_precision(model.eval(), train_split, device, AMP[args.amp])
     history, state = [], {}
     if last:
         history, state = last["history"], {key: last[key] for key in ("optimizer", "scaler")}
@@ -513,15 +523,14 @@ def save_epoch(run, **state):
 
 
 def save_best(run):
-    """Write best.pt where history ends with the best line, and probe.pt where it ends the probe."""
-    probe, finetune = stages_of(run.args)
-    line, names = run.history[-1], ("finetune", "interpolate") if finetune.epochs else ("probe",)
-    auroc = {i: line["macro_auroc"] or 0.0 for i, line in enumerate(run.history)
-             if line["stage"] in names}
-    if run.rank == 0 and max(auroc, key=auroc.get, default=None) == len(run.history) - 1:
-        save(run, "best.pt")
-    if run.rank == 0 and (line["stage"], line["epoch"]) == (probe.name, probe.epochs):
-        save(run, "probe.pt")
+    """Write best.pt, and of the probe probe.pt, where history ends with the best line so far."""
+    finetuned = stages_of(run.args)[1].epochs > 0
+    stages_of_best = ["finetune", "interpolate"] if finetuned else ["probe"]
+    for name, stages in (("probe.pt", ["probe"]), ("best.pt", stages_of_best)):
+        auroc = {i: line["macro_auroc"] or 0.0 for i, line in enumerate(run.history)
+                 if line["stage"] in stages}
+        if run.rank == 0 and max(auroc, key=auroc.get, default=None) == len(run.history) - 1:
+            save(run, name)
 
 
 def save(run, name, **state):

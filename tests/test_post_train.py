@@ -45,6 +45,12 @@ def checkpoint(out, name):
     return torch.load(out / f"{name}.pt", weights_only=True)
 
 
+def best_of_probe(lines):
+    """The epoch, from 1, of the probe's first line with the best AUROC."""
+    aurocs = [line["macro_auroc"] for line in lines if line["stage"] == "probe"]
+    return 1 + aurocs.index(max(aurocs))
+
+
 def prefer_the_middle(monkeypatch):
     """Interpolations that beat every epoch: the second, and still more the third of the four."""
     save_best = post_train.save_best
@@ -93,10 +99,10 @@ def test_the_published_recipes():
     probe = ("probe", 30, 1e-3, 0.0, "cosine", "adamw", 0.1, None, 1.0)
     finetune = ("finetune", 30, 5e-4, 1e-5, "cosine", "adamw", 0.05, 1.0, 1.0)
     official = ("finetune", 30, 1e-4, 0.0, "plateau", "adam", 1e-5, None, 1.0)
-    assert recipe() == ([probe, finetune], (0.5, "constant", 0.05, 32, True),
+    assert recipe() == ((probe, finetune), (0.5, "constant", 0.05, 32, True),
                         "runs/all71-frac1-post-seed0")
     assert recipe("--strategy", "baseline", "--frac", "0.1", "--seed", "3") == (
-        [("probe", 0, *probe[2:]), official], (0, "constant", 0, 256, False),
+        (("probe", 0, *probe[2:]), official), (0, "constant", 0, 256, False),
         "runs/all71-frac0.1-baseline-seed3")
 
 
@@ -138,7 +144,7 @@ def test_every_option_explains_itself(capsys):
               "resume compile skip_unreadable").split()
     table = [key for key, setting in post_train.RECIPE.items() if setting.help]
     assert all(f" --{option.replace('_', '-')}" in text for option in others + table)
-    assert "(default: 0.5, community, with --strategy baseline 0.0, official)" in text
+    assert "(default: 0.5, community; with --strategy baseline 0.0, official)" in text
     assert text.count(", community") >= 4 and text.count("default: ") >= 15
     assert post_train.SOURCES in text
 
@@ -243,7 +249,7 @@ def test_a_run_leaves_what_it_promises(run, demo_set, undisturbed):
     assert best["args"]["drop_path"] == 0.5 and best["args"]["amp"] == "off"
     assert set(best["versions"]) == {"torch", "numpy", "scipy", "wfdb"}
     assert set(last) - set(best) == {"optimizer", "scaler"} and set(probe) == set(best)
-    assert last["history"] == lines[:4] and probe["history"] == lines[:2]
+    assert last["history"] == lines[:4] and probe["history"] == lines[:best_of_probe(lines)]
 
     scores = json.loads((out / "test.json").read_text())
     train, val, test = (np.isin(labels.fold, k).sum() for k in (range(1, 9), 9, 10))
@@ -260,7 +266,8 @@ def test_scores_are_those_of_fold_9_and_the_best_is_kept(undisturbed, demo_set, 
     labels, signals, rows = data.load_records(demo_set, "rhythm12")
     val, model = labels.fold == 9, network.ecgfounder(12).eval()
     x, y = torch.from_numpy(signals[rows[val]]).float(), torch.from_numpy(labels.y[val]).float()
-    for line, state in zip([lines[1], *lines[3:]], [probe, last, *mixed], strict=True):
+    of_probe = lines[best_of_probe(lines) - 1]
+    for line, state in zip([of_probe, *lines[3:]], [probe, last, *mixed], strict=True):
         model.load_state_dict(state)
         logits = model(x).detach()
         auroc, auprc = np.nanmean(evaluate.auroc_auprc(y, logits), axis=1)
@@ -275,8 +282,8 @@ def test_scores_are_those_of_fold_9_and_the_best_is_kept(undisturbed, demo_set, 
 
 
 @pytest.mark.parametrize("epochs, wanted", [
-    ("4", ["", "probe.pt", "best.pt", "best.pt", "", "", "", "best.pt"]),
-    ("0", ["best.pt", "best.pt probe.pt"])])
+    ("4", ["probe.pt", "probe.pt", "best.pt", "best.pt", "", "", "", "best.pt"]),
+    ("0", ["probe.pt best.pt", "probe.pt best.pt"])])
 def test_the_best_is_of_fine_tuning_where_there_is_any(monkeypatch, epochs, wanted):
     """And of the earliest of equals, and of no line whose score is undefined."""
     aurocs = {"probe": (0.8, 0.9), "finetune": (0.5, 0.7, 0.7, None), "interpolate": (0.7, 0.8)}
@@ -321,6 +328,22 @@ def test_the_probe_leaves_the_backbone_and_fine_tuning_changes_it_all(undisturbe
     for key in start:
         assert torch.equal(start[key], probed[key]) == (not key.startswith("dense.")), key
         assert not torch.equal(probed[key], tuned[key]), key
+
+
+def test_fine_tuning_begins_with_the_probes_best_epoch(run, demo_set, monkeypatch):
+    starts, train = [], post_train.train_epoch
+
+    def note(net, *rest):
+        if isinstance(net, network.ECGFounder):
+            starts.append({key: value.clone() for key, value in net.state_dict().items()})
+        return train(net, *rest)
+
+    monkeypatch.setattr(post_train, "train_epoch", note)
+    out = run(demo_set)
+    probe = checkpoint(out, "probe")
+    assert probe["epoch"] == best_of_probe(history(out)) < 2  # so that the last is another
+    for key, value in probe["state_dict"].items():
+        assert torch.equal(value, starts[0][key]), key
 
 
 def test_baseline_and_ablations(run, demo, monkeypatch):
@@ -482,7 +505,8 @@ def end_at(monkeypatch, name, n, number=None):
 
 @pytest.mark.parametrize("function, n, epoch, best", [
     ("train_epoch", 2, "probe epoch 1", None),
-    ("save", 3, "probe epoch 2", None),                     # probe.pt
+    ("save", 2, "probe epoch 1", None),                     # probe.pt
+    ("save", 3, "probe epoch 1", None),                     # last.pt of the second epoch
     ("save", 4, "probe epoch 2", None),                     # last.pt of fine-tuning
     ("save", 5, "finetune epoch 1", None),                  # best.pt
     ("train_epoch", 4, "finetune epoch 1", "finetune"),

@@ -1,14 +1,15 @@
-"""PTB-XL: labels of its tasks, records, preprocessing, and a cache of preprocessed signals.
+"""ECG sets: labels of PTB-XL's tasks or of a table of one's own, records, preprocessing, and a
+cache of preprocessed signals.
 
     python data.py --download --data ptbxl      # fetch PTB-XL 1.0.3 (1.7 GB), check every hash
-    python data.py --data ptbxl                 # preprocess every record -> ptbxl/cache/filter.npy
-    python data.py --data ptbxl --preprocess raw --workers 4
+    python data.py --data ptbxl                 # preprocess every record once; prints where to
+    python data.py --data clinic --task clinic.csv --leads I --preprocess raw
 
-The cache is one float16 array (N, 12, 5000), 2.6 GB for the whole set, in the order of
-ptbxl_database.csv; np.load("ptbxl/cache/filter.npy", mmap_mode="r") reads it. Beside it filter.json
-says what it was made of, and filter.marks.npy which rows could be read. Signals: 12 leads in the
-order of LEADS, 10 s at 500 Hz, in millivolts before normalisation and without a unit after it.
-This file imports no other of the project.
+The cache is one float16 array (N, leads, 5000), 2.6 GB for PTB-XL, a row for each row of the set's
+table; np.load(path, mmap_mode="r") reads it. Beside it a .json says what it was made of, and a
+.marks.npy which rows could be read. Signals: leads in the order of LEADS, 10 s at 500 Hz, in
+millivolts before normalisation and without a unit after it. This file imports no other of the
+project.
 """
 import argparse
 import ast
@@ -17,15 +18,13 @@ import errno
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
 import sys
-import threading
+import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -47,14 +46,16 @@ TASKS = {           # its columns: which flags the task's statements, which name
     "form19": ("form", STATEMENT),
     "rhythm12": ("rhythm", STATEMENT),
 }
+PTBXL_COLUMNS = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_hr")
+NOT_CLASSES = ("record", "ecg_id", "patient_id", "fold")    # columns of a table of one's own
 PREPROCESSING = ("filter", "zscore", "raw")
 
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
 MAX_MILLIVOLTS = 1e4            # an ECG has about 1; the largest float16 is 65504
 MIN_FS, MAX_FS = 50, 100_000    # Hz, of what is resampled
 BASELINE_WINDOW = 201           # samples of the running median, 0.4 s
-LAYOUT = 3          # of the cache; one of another layout is built again
-CHUNK = 32          # records a worker does at once
+LAYOUT = 4          # of the cache; one of another layout is built again
+CHUNK = 32          # records that are read before their rows are marked
 DATABASE, STATEMENTS, SUMS = "ptbxl_database.csv", "scp_statements.csv", "SHA256SUMS.txt"
 URL = ("https://physionet.org/static/published-projects/ptb-xl/"
        "ptb-xl-a-large-publicly-available-electrocardiography-dataset-1.0.3.zip")
@@ -74,126 +75,192 @@ def line_of(error):
     return line
 
 
+# ------------------------------------------------------------------------------------------- tables
+
+class Table(NamedTuple):
+    """The table of a set: ptbxl_database.csv, or one's own."""
+    path: Path
+    rows: list              # a dict for each record
+    ecg_id: np.ndarray      # (N,) int64, or str where they are not whole numbers
+    records: list           # N paths of WFDB records, relative to the set's folder
+
+    def bad_cell(self, i, column, wanted):
+        return InputError(f"{self.path}: row {i + 2}: {column} is {self.rows[i][column][:40]!r}; "
+                          f"wanted {wanted}")
+
+
+def is_own(task):
+    """Whether a task is a table of one's own."""
+    return str(task).endswith(".csv")
+
+
+def check_task(task):
+    if not is_own(task) and task not in TASKS:
+        from difflib import get_close_matches
+        near = get_close_matches(str(task), TASKS, 1, 0)[0]
+        raise InputError(f"task {task!r} is unknown; did you mean {near}? (one of "
+                         f"{', '.join(TASKS)}, or a .csv file)")
+
+
+def read_table(root, task):
+    """The records of a set, whether or not they have a label of the task. Raises InputError for a
+    table that is missing or malformed, lists a record twice or one outside `root`."""
+    check_task(task)
+    path, record = Path(root, DATABASE), "filename_hr"
+    if is_own(task):
+        path, record = Path(task), "record"
+    rows = read_csv(path, [record] if is_own(task) else PTBXL_COLUMNS)
+    ecg_id = identifiers(rows, "ecg_id" if "ecg_id" in rows[0] else record)
+    table = Table(path, rows, ecg_id, [row[record] for row in rows])
+    for i, name in enumerate(table.records):
+        if not name or os.path.isabs(name) or ".." in Path(name).parts:
+            raise table.bad_cell(i, record, f"a path inside {root}")
+    for what, values in (("ecg_id", table.ecg_id.tolist()), ("record", table.records)):
+        value, count = Counter(values).most_common(1)[0]
+        if count > 1:
+            raise InputError(f"{path}: {what} {value} stands twice; wanted a row for each record")
+    return table
+
+
+def read_csv(path, columns):
+    """The rows of a csv file as dicts. Raises InputError where it is missing, empty, damaged or
+    lacks one of `columns`."""
+    fetch = f"; `python data.py --download --data {path.parent}` fetches PTB-XL's"
+    if path.name not in (DATABASE, STATEMENTS):
+        fetch = ""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f)
+            rows, names = list(reader), reader.fieldnames or []
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror.lower()}; wanted a table of records; is --data "
+                         f"the set's folder?{fetch}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a csv file in UTF-8 ({error}){fetch}") from None
+    lacking = [column for column in columns if column not in names]
+    if lacking or len(set(names)) < len(names):
+        what = f"has no column {lacking[0]!r}" if lacking else "has two columns of one name"
+        raise InputError(f"{path}: {what}; wanted {', '.join(map(repr, columns))}{fetch}")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise InputError(f"{path}: row {number} does not have {len(names)} fields{fetch}")
+    if not rows:
+        raise InputError(f"{path}: has no rows{fetch}")
+    return rows
+
+
+def identifiers(rows, column):
+    """A column of names or numbers -> (N,) int64 where all are whole numbers, else str. Each empty
+    cell gets a negative number of its own."""
+    cells = [row[column].strip() or str(-1 - i) for i, row in enumerate(rows)]
+    try:
+        numbers = [float(cell) for cell in cells]
+        if all(n == int(n) and abs(n) < 2**53 for n in numbers):
+            return np.array(numbers).astype(np.int64)
+    except (ValueError, OverflowError):
+        pass
+    return np.array(cells, str)
+
+
 # ------------------------------------------------------------------------------------------- labels
 
 class Labels(NamedTuple):
-    ecg_id: np.ndarray      # (N,) int64
-    patient_id: np.ndarray  # (N,) int64; -ecg_id where the patient is unknown
+    ecg_id: np.ndarray      # (N,) int64 or str
+    patient_id: np.ndarray  # (N,) int64 or str; a negative number where the patient is unknown
     fold: np.ndarray        # (N,) int64, 1 to 10
     y: np.ndarray           # (N, L) uint8
-    classes: list           # L names, sorted
+    row: np.ndarray         # (N,) int64: place in the table and in the cache
+    classes: list           # L names
+
+    def take(self, chosen):
+        """The records of an index or a mask."""
+        return Labels(*(field[chosen] for field in self[:5]), self.classes)
 
 
 def load_labels(root, task):
-    """The records that have a label of `task`, as Labels, from PTB-XL's two csv files alone.
+    """The records of a task as Labels, from csv files alone. Raises InputError for an unknown task
+    and for files that are missing or malformed.
 
-    Protocol of Strodthoff et al. (2021): a statement counts as present whatever its likelihood, 0
-    included; records without any label of the task are left out. The classes are all of the task in
-    scp_statements.csv, whether or not a record has them. Raises InputError for an unknown task and
-    for files that are missing or malformed.
+    task: one of TASKS, of the PTB-XL folder `root`, or a table of one's own, whose first row names
+    its columns: `record` (a WFDB record's path without extension, relative to `root`), perhaps
+    `ecg_id`, `patient_id` and `fold` (1-8 train, 9 validates, 10 tests); each other column is a
+    class, of 0 and 1. Without folds, whole patients are dealt to ten.
     """
-    check_task(task)
-    rows, ecg_id = read_database(root, ("patient_id", "scp_codes", "strat_fold"))
+    table = read_table(root, task)
+    return read_own_labels(table) if is_own(task) else read_ptbxl_labels(root, task, table)
+
+
+def read_ptbxl_labels(root, task, table):
+    """Protocol of Strodthoff et al. (2021): a statement counts as present whatever its likelihood,
+    0 included; records without any label of the task are left out. The classes are all of the task
+    in scp_statements.csv, sorted, whether or not a record has them."""
     class_of = read_classes(root, task)
     classes = sorted(set(class_of.values()) - {None})
-    y = np.zeros((len(rows), len(classes)), np.uint8)
-    patient_id, fold = -ecg_id, np.empty(len(rows), np.int64)
-    for i, row in enumerate(rows):
-        for code in read_codes(root, i, row):
+    place = {name: c for c, name in enumerate(classes)}
+    y = np.zeros((len(table.rows), len(classes)), np.uint8)
+    for i in range(len(table.rows)):
+        for code in read_codes(table, i):
             if code not in class_of:
-                wanted = f"statements of {STATEMENTS}, which has no {str(code)[:40]!r}"
-                raise bad_cell(root, i, row, "scp_codes", f"{wanted}; fetch both files again")
+                raise table.bad_cell(i, "scp_codes", f"statements of {STATEMENTS}, which has no "
+                                     f"{str(code)[:40]!r}; fetch both files again")
             if class_of[code] is not None:
-                y[i, classes.index(class_of[code])] = 1
-        fold[i] = whole_number(root, i, row, "strat_fold")
-        if not 1 <= fold[i] <= 10:
-            raise bad_cell(root, i, row, "strat_fold", "1 to 10")
-        if row["patient_id"]:
-            patient_id[i] = whole_number(root, i, row, "patient_id")
-    labelled = y.any(1)
-    fields = (field[labelled] for field in (ecg_id, patient_id, fold, y))
-    return Labels(*fields, classes)
+                y[i, place[class_of[code]]] = 1
+    patients, folds = identifiers(table.rows, "patient_id"), read_folds(table, "strat_fold")
+    labels = Labels(table.ecg_id, patients, folds, y, np.arange(len(y)), classes)
+    return labels.take(y.any(1))
 
 
 def read_classes(root, task):
     """scp_statements.csv -> {statement: its class in the task, None where it has none}."""
     flag, name = TASKS[task]
-    columns, class_of = {STATEMENT, flag, name} - {None}, {}
-    for row in read_table(root, STATEMENTS, columns):
+    columns, class_of = sorted({STATEMENT, flag or name, name}), {}
+    for row in read_csv(Path(root, STATEMENTS), columns):
         flagged = flag is None or row[flag].strip() in ("1", "1.0")
         class_of[row[STATEMENT]] = (row[name] or None) if flagged else None
     return class_of
 
 
-def read_codes(root, i, row):
+def read_codes(table, i):
     """A record's statements, of which PTB-XL writes a Python dict to their likelihoods."""
     try:
-        codes = ast.literal_eval(row["scp_codes"])
+        codes = ast.literal_eval(table.rows[i]["scp_codes"])
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
         codes = None
     if not isinstance(codes, dict):
-        raise bad_cell(root, i, row, "scp_codes", "a dict such as {'NORM': 100.0}")
+        raise table.bad_cell(i, "scp_codes", "a dict such as {'NORM': 100.0}")
     return codes
 
 
-def read_database(root, columns=()):
-    """ptbxl_database.csv -> (rows, ecg_id (N,)). Raises InputError also for an ecg_id that is no
-    number or stands twice."""
-    rows = read_table(root, DATABASE, ("ecg_id", "filename_hr", *columns))
-    ids = [whole_number(root, i, row, "ecg_id") for i, row in enumerate(rows)]
-    if len(set(ids)) < len(ids):
-        twice = Counter(ids).most_common(1)[0][0]
-        raise InputError(f"{Path(root, DATABASE)}: ecg_id {twice} stands twice; fetch the file "
-                         "again")
-    return rows, np.array(ids, np.int64)
+def read_folds(table, column):
+    folds = {str(k): k for k in range(1, 11)}
+    for i, row in enumerate(table.rows):
+        if row[column].strip().removesuffix(".0") not in folds:
+            raise table.bad_cell(i, column, "a fold, 1 to 10")
+    return np.array([folds[row[column].strip().removesuffix(".0")] for row in table.rows])
 
 
-def read_table(root, name, columns):
-    """The rows of a csv file as dicts. Raises InputError where it is missing, empty, damaged or
-    lacks one of `columns`."""
-    path, fetch = Path(root, name), f"`python data.py --download --data {root}` fetches it"
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f)
-            lacking = sorted(set(columns) - set(reader.fieldnames or []))
-            if lacking:
-                raise InputError(f"{path}: has no column {lacking[0]!r}; wanted PTB-XL's, {fetch}")
-            rows = list(reader)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror.lower()}; wanted a PTB-XL folder: name it with "
-                         f"--data, or {fetch}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a csv file in UTF-8 ({error}); fetch it again") from None
-    for number, row in enumerate(rows, 2):
-        if None in row or any(row[c] is None for c in columns):
-            raise InputError(f"{path}: row {number} does not have {len(reader.fieldnames)} fields; "
-                             "fetch the file again")
-    if not rows:
-        raise InputError(f"{path}: has no rows; fetch it again")
-    return rows
-
-
-def whole_number(root, i, row, column):
-    try:
-        value = float(row[column])
-        if value == int(value) and abs(value) < 2**53:
-            return int(value)
-    except (ValueError, OverflowError):
-        pass
-    raise bad_cell(root, i, row, column, "a whole number")
-
-
-def bad_cell(root, i, row, column, wanted):
-    return InputError(f"{Path(root, DATABASE)}: row {i + 2}: {column} is {row[column][:40]!r}; "
-                      f"wanted {wanted}")
-
-
-def check_task(task):
-    if task not in TASKS:
-        from difflib import get_close_matches
-        near = get_close_matches(str(task), TASKS, 1, 0)[0]
-        raise InputError(f"task {task!r} is unknown; did you mean {near}? (one of "
-                         f"{', '.join(TASKS)})")
+def read_own_labels(table):
+    columns = list(table.rows[0])
+    classes = [column for column in columns if column not in NOT_CLASSES]
+    if not classes:
+        raise InputError(f"{table.path}: has no class; wanted, beside {', '.join(columns)}, a "
+                         "column of 0 and 1 for each")
+    y, values = np.empty((len(table.rows), len(classes)), np.uint8), {"0": 0, "1": 1}
+    for i, row in enumerate(table.rows):
+        for c, name in enumerate(classes):
+            cell = row[name].strip().removesuffix(".0")
+            if cell not in values:
+                raise table.bad_cell(i, name, "0 or 1")
+            y[i, c] = values[cell]
+    patients = -1 - np.arange(len(y))
+    if "patient_id" in columns:
+        patients = identifiers(table.rows, "patient_id")
+    if "fold" in columns:
+        folds = read_folds(table, "fold")
+    else:  # by a hash, so that a patient is in the same fold in every table and on every machine
+        people = patients if "patient_id" in columns else table.records
+        folds = np.array([1 + zlib.crc32(str(name).encode()) % 10 for name in people])
+    return Labels(table.ecg_id, patients, folds, y, np.arange(len(y)), classes)
 
 
 def subset(index, frac, seed):
@@ -212,9 +279,19 @@ def subset(index, frac, seed):
 
 # ------------------------------------------------------------------------------------------ records
 
-def read_record(path):
-    """A WFDB record (path without extension) -> float32 (12, n) in millivolts, leads ordered as
-    LEADS, and its rate in Hz.
+def parse_leads(text):
+    """"v1,II" -> ("II", "V1"), in the order of LEADS. Raises InputError for an unknown name."""
+    asked, known = text.split(","), {lead.lower(): lead for lead in LEADS}
+    unknown = [name for name in asked if name.strip().lower() not in known]
+    if unknown:
+        raise InputError(f"--leads {text}: {unknown[0]!r} is unknown; wanted some of "
+                         f"{','.join(LEADS)}")
+    return tuple(sorted({known[name.strip().lower()] for name in asked}, key=LEADS.index))
+
+
+def read_record(path, leads=LEADS):
+    """A WFDB record (path without extension) -> float32 (leads, n) in millivolts, and its rate in
+    Hz.
 
     Leads are found by name, whatever their case and order; others are left out; voltages in other
     units are converted. Samples marked as missing are NaN. Raises InputError naming the path and
@@ -233,11 +310,11 @@ def read_record(path):
     if not n or not fs > 0:
         raise InputError(f"{path}: has {n} samples at {fs:g} Hz; wanted an ECG")
     row = {(name or "").strip().lower(): i for i, name in reversed(list(enumerate(names)))}
-    missing = [lead for lead in LEADS if lead.lower() not in row]
+    missing = [lead for lead in leads if lead.lower() not in row]
     if missing:
         raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(map(str, names))}); "
-                         f"wanted {', '.join(LEADS)}")
-    rows = [row[lead.lower()] for lead in LEADS]
+                         f"wanted {', '.join(leads)}; --leads trains on fewer")
+    rows = [row[lead.lower()] for lead in leads]
     scale = [MILLIVOLTS.get((units[i] or "").strip().lower()) for i in rows]
     if None in scale:
         i = rows[scale.index(None)]
@@ -247,7 +324,7 @@ def read_record(path):
 
 
 def preprocess(signal, fs, how="filter"):
-    """(12, n) in millivolts at `fs` Hz -> float32 (12, 5000): 10 s at 500 Hz, shorter records
+    """(leads, n) in millivolts at `fs` Hz -> float32 (leads, 5000): 10 s at 500 Hz, shorter records
     zero-padded at the end.
 
     how: "filter" (`remove_noise`, then z-score over all leads at once), "zscore" (the last step
@@ -257,8 +334,8 @@ def preprocess(signal, fs, how="filter"):
     """
     x = np.asarray(signal)
     check_preprocessing(how)
-    if x.ndim != 2 or len(x) != len(LEADS) or not x.shape[1] or not 0 < fs < np.inf:
-        raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (12, n) at a positive "
+    if x.ndim != 2 or not x.size or not 0 < fs < np.inf:
+        raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (leads, n) at a positive "
                          "rate")
     # 10 s, and one more for the filter that resamples
     x = x[:, :math.ceil(11 * min(fs, MAX_FS))].astype(np.float64)
@@ -272,7 +349,7 @@ def preprocess(signal, fs, how="filter"):
     if how != "raw":
         std = x.std()  # the small number beside it stands in ECGFounder's own preprocessing
         x = (x - x.mean()) / (std + 1e-8) if std >= 1e-6 else np.zeros_like(x)
-    out = np.zeros((len(LEADS), SAMPLES), np.float32)
+    out = np.zeros((len(x), SAMPLES), np.float32)
     out[:, :x.shape[1]] = x
     return out
 
@@ -290,7 +367,7 @@ def fill_gaps(lead):
 
 
 def resample(x, fs):
-    """(12, n) at `fs` Hz -> (12, n 500 / fs) at 500 Hz."""
+    """(leads, n) at `fs` Hz -> (leads, n 500 / fs) at 500 Hz."""
     from scipy.signal import resample_poly
     if fs == FS:
         return x
@@ -304,9 +381,9 @@ def resample(x, fs):
 
 
 def remove_noise(x):
-    """(12, n) at 500 Hz -> the same, filtered as ECGFounder's training data were: zero-phase 50 Hz
-    notch (Q 30); zero-phase Butterworth band-pass of order 4, 0.67-40 Hz; minus the running median
-    of 0.4 s."""
+    """(leads, n) at 500 Hz -> the same, filtered as ECGFounder's training data were: zero-phase 50
+    Hz notch (Q 30); zero-phase Butterworth band-pass of order 4, 0.67-40 Hz; minus the running
+    median of 0.4 s."""
     from scipy import ndimage, signal as dsp
     if x.shape[1] < BASELINE_WINDOW:
         raise InputError(f"a signal of {x.shape[1] / FS:g} s; wanted at least "
@@ -324,216 +401,189 @@ def check_preprocessing(how):
                          f"{', '.join(PREPROCESSING)}")
 
 
-def load_signal(path, how):
-    """A record as the cache keeps it: float16 (12, 5000). Raises InputError that names the path."""
-    signal, fs = read_record(path)
+def load_windows(path, how="filter", leads=LEADS, windows=None):
+    """The consecutive windows of 10 s of a record -> float16 (windows, leads, 5000), as the cache
+    keeps its first. A rest of less than 10 s is left out, unless it is all there is. Raises
+    InputError that names the path.
+    """
+    signal, fs = read_record(path, leads)
+    whole = max(1, int(signal.shape[1] / fs / 10 + 1e-6))
+    starts = [round(10 * fs * i) for i in range(min(whole, windows or whole))]
     try:
-        return preprocess(signal, fs, how).astype(np.float16)
+        return np.stack([preprocess(signal[:, i:], fs, how).astype(np.float16) for i in starts])
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
 # -------------------------------------------------------------------------------------------- cache
 
-class CacheFiles(NamedTuple):
-    array: Path         # float16 (N, 12, 5000), once every record has been tried
+class Cache(NamedTuple):
+    """The files of a cache, which its name tells from one made of anything else."""
+    array: Path         # float16 (N, leads, 5000), once every record has been tried
     part: Path          # the array until then
     marks: Path         # bool (N,): which rows hold their record; each set after the row's bytes
-    plan: Path          # what the array is made of, as JSON; written before the first row
+    plan: Path          # what the array is made of, as JSON
     unreadable: Path    # csv of the records that could not be read
 
-
-def cache_files(root, how):
-    check_preprocessing(how)
-    ends = (".npy", ".part.npy", ".marks.npy", ".json", ".unreadable.csv")
-    return CacheFiles(*(Path(root, "cache", how + end) for end in ends))
-
-
-def plan_cache(root, how):
-    """What an up-to-date cache is made of, as plain data."""
-    rows, ecg_id = read_database(root)
-    for i, row in enumerate(rows):
-        name = row["filename_hr"]
-        if not name or os.path.isabs(name) or ".." in Path(name).parts:
-            raise bad_cell(root, i, row, "filename_hr", f"a path inside {root}")
-    return {"layout": LAYOUT, "preprocessing": how, "shape": [len(rows), len(LEADS), SAMPLES],
-            "fs": FS, "leads": list(LEADS), "ecg_ids": ecg_id.tolist(),
-            "source": [row["filename_hr"] for row in rows]}
-
-
-def open_cache(array, files, plan):
-    """(signals, marks) of a cache that is, or is being, made as planned; None where there is no
-    such cache, or a damaged one."""
-    try:
-        if json.loads(files.plan.read_text()) != plan:
+    def open(self, shape, array=None):
+        """(signals, marks), read only; None where one is missing or damaged."""
+        try:
+            signals, marks = (np.load(p, mmap_mode="r") for p in (array or self.array, self.marks))
+        except (OSError, ValueError, EOFError):
             return None
-        signals, marks = (np.load(path, mmap_mode="r") for path in (array, files.marks))
-    except (OSError, ValueError, EOFError):
-        return None
-    whole = signals.shape == tuple(plan["shape"]) and marks.shape == signals.shape[:1]
-    whole &= signals.dtype == np.float16 and marks.dtype == bool
-    return (signals, marks) if whole else None
+        kinds = signals.dtype == np.float16 and marks.dtype == bool
+        return (signals, marks) if kinds and signals.shape == shape and len(marks) == shape[0] \
+            else None
 
 
-def build_cache(root, how="filter", workers=None, skip_unreadable=False):
-    """Preprocess every record of ptbxl_database.csv once into <root>/cache/<how>.npy.
+def find_cache(root, task="all71", how="filter", leads=LEADS):
+    """(Cache, its plan: what it is made of, as plain data), whether or not it is there."""
+    check_preprocessing(how)
+    table = read_table(root, task)
+    plan = {"layout": LAYOUT, "preprocessing": how, "leads": list(leads), "fs": FS,
+            "shape": [len(table.rows), len(leads), SAMPLES], "ecg_ids": table.ecg_id.tolist(),
+            "records": table.records}
+    name = f"{how}-{zlib.crc32(json.dumps(plan).encode()):08x}"
+    ends = (".npy", ".part.npy", ".marks.npy", ".json", ".unreadable.csv")
+    return Cache(*(Path(root, "cache", name + end) for end in ends)), plan
+
+
+def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
+                skip_unreadable=False):
+    """Preprocess every record of the set's table once into an array of <root>/cache; returns the
+    Cache.
 
     Up to date, it returns at once. Killed and started again, it goes on from what is done, with
     the same bytes at the end. Unreadable records are listed and the rest is done; then InputError
-    is raised, unless `skip_unreadable` accepts a cache without them; each later build tries them
-    again.
+    is raised, unless `skip_unreadable` accepts a cache without them.
     """
-    files, plan = cache_files(root, how), plan_cache(root, how)
-    found, folder = open_cache(files.array, files, plan), files.array.parent
-    fixed = skip_unreadable and not os.access(folder, os.W_OK)  # nothing can be tried again
-    if found and (found[1].all() or fixed):
-        return
+    cache, plan = find_cache(root, task, how, leads)
+    found, folder = cache.open(tuple(plan["shape"])), cache.array.parent
+    if found and (skip_unreadable or found[1].all()):
+        return cache
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror.lower()}; the cache is kept there, remove "
                          "what is in its way, or copy the data to a folder that can be written "
                          "to") from None
-    with locked(folder, [f"{how}.*"]):  # a second build waits here
-        unreadable = fill(files, plan, root, workers or os.cpu_count())
+    with locked(folder, [f"{cache.array.stem}.*"]):  # a second build waits here
+        if cache.array.exists():    # made without the records that could not be read
+            os.replace(cache.array, cache.part)
+        unreadable = fill(cache, plan, root, workers or os.cpu_count())
         if unreadable:
-            write_atomically(files.unreadable, lambda path: write_listing(path, unreadable))
+            write_atomically(cache.unreadable, lambda path: write_listing(path, unreadable))
             if not skip_unreadable:
                 raise InputError(f"{unreadable[0][2]}; all {len(unreadable)} records that cannot "
-                                 f"be read are listed in {files.unreadable}, the others are "
-                                 "cached; fetch them again and run this again, or leave them out "
-                                 "with --skip-unreadable")
+                                 f"be read are listed in {cache.unreadable}, the others are "
+                                 "cached; mend them and run this again, or leave them out with "
+                                 "--skip-unreadable")
         else:
-            files.unreadable.unlink(missing_ok=True)
-        if files.part.exists():
-            os.replace(files.part, files.array)
+            cache.unreadable.unlink(missing_ok=True)
+        os.replace(cache.part, cache.array)
+    return cache
 
 
-def fill(files, plan, root, workers):
-    """Write the rows that are not marked; returns [(ecg_id, name, why it cannot be read)]."""
-    from tqdm import tqdm
-    array = files.array if open_cache(files.array, files, plan) else files.part
-    if open_cache(array, files, plan) is None:
-        begin_cache(files, plan)
-    ids, names, how = plan["ecg_ids"], plan["source"], plan["preprocessing"]
-    marks = np.lib.format.open_memmap(files.marks, "r+")
-    todo = np.flatnonzero(~marks).tolist()
-    jobs = [(array, how, [(row, Path(root, names[row])) for row in todo[i:i + CHUNK]])
-            for i in range(0, len(todo), CHUNK)]
-    bar = tqdm(None, f"cache {how}", len(ids), unit="record", initial=len(ids) - len(todo),
-               disable=None)
-    unreadable = []
-    with bar, open(array, "r+b") as written:
-        for results in run_jobs(write_records, jobs, workers):
-            os.fsync(written.fileno())
-            marks[[row for row, why in results if why is None]] = True
-            marks.flush()
-            unreadable += [(ids[row], names[row], why) for row, why in results if why]
-            bar.update(len(results))
-    return unreadable
+class Records(torch.utils.data.Dataset):
+    """Each item: (row, float16 (leads, 5000), None) or (row, None, why it cannot be read)."""
 
-
-def begin_cache(files, plan):
-    """Make an empty array and its marks. Raises InputError if the disk is too full."""
-    for path in (files.plan, files.array, files.part):
-        path.unlink(missing_ok=True)
-    size, free = 2 * math.prod(plan["shape"]), shutil.disk_usage(files.part.parent).free
-    if size > free:
-        raise InputError(f"{files.array}: no space left: it wants {size / 1e9:.2g} GB and finds "
-                         f"{free / 1e9:.2g}; make room and run this again")
-    np.lib.format.open_memmap(files.part, "w+", np.float16, tuple(plan["shape"]))
-    np.save(files.marks, np.zeros(plan["shape"][0], bool))
-    write_atomically(files.plan, lambda path: path.write_text(json.dumps(plan)))
-
-
-def write_records(array, how, records):
-    """Write the records [(row, path)] into the array's file; returns [(row, None or why it cannot
-    be read)]."""
-    results, offset = [], np.load(array, mmap_mode="r").offset
-    with open(array, "r+b") as f:
-        for row, path in records:
-            try:
-                block = load_signal(path, how).tobytes()
-            except InputError as error:
-                results.append((row, str(error)))
-                continue
-            f.seek(offset + row * len(block))
-            f.write(block)
-            results.append((row, None))
-    return results
-
-
-def run_jobs(function, jobs, workers):
-    """function(*job) of the jobs in `workers` processes; yields the results in order."""
-    if workers == 1 or len(jobs) < 2:
-        yield from (function(*job) for job in jobs)
-        return
-    import scipy.ndimage, scipy.signal, wfdb  # noqa: E401,F401  once, not in every worker
-    fork = multiprocessing.get_context("fork")
-    try:
-        with ProcessPoolExecutor(min(workers, len(jobs)), fork, end_with_parent) as pool:
-            yield from pool.map(function, *zip(*jobs))
-    except BrokenProcessPool:
-        raise InputError("a worker was killed, perhaps because memory ran out; run the same "
-                         "command again, it goes on from what is done (fewer --workers need less "
-                         "memory)") from None
-
-
-def end_with_parent():
-    """In a worker: end as soon as the building process does, however it ended."""
-    import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def write_listing(path, unreadable):
-    with open(path, "w", newline="") as f:
-        csv.writer(f).writerows([("ecg_id", "filename_hr", "reason"), *unreadable])
-
-
-def load_records(root, task, how="filter"):
-    """(Labels, signals, rows): the task's records that are in the cache. The signal of record i is
-    signals[rows[i]], of the memory-mapped array (N, 12, 5000), read only.
-
-    Raises InputError where there is no cache or it is not up to date.
-    """
-    labels, files, plan = load_labels(root, task), cache_files(root, how), plan_cache(root, how)
-    found = open_cache(files.array, files, plan)
-    if found is None:
-        raise InputError(f"{files.array}: missing or out of date; `python data.py --data {root} "
-                         f"--preprocess {how}` builds it")
-    signals, marks = found
-    row = {ecg_id: i for i, ecg_id in enumerate(plan["ecg_ids"]) if marks[i]}
-    there = np.array([i in row for i in labels.ecg_id.tolist()], bool)
-    labels = Labels(*(field[there] for field in labels[:4]), labels.classes)
-    return labels, signals, np.array([row[i] for i in labels.ecg_id.tolist()], np.int64)
-
-
-class PTBXL(torch.utils.data.Dataset):
-    """A task's records of some folds, for a DataLoader: signal (12, 5000) and y (L,), float32.
-
-        build_cache("ptbxl")
-        train = PTBXL("ptbxl", "all71", folds=TRAIN_FOLDS)
-    """
-
-    def __init__(self, root, task, folds, how="filter"):
-        labels, _, rows = load_records(root, task, how)
-        chosen = np.isin(labels.fold, folds)
-        self.rows, self.y, self.classes = rows[chosen], labels.y[chosen], labels.classes
-        self.path = cache_files(root, how).array  # an open array would be copied to each worker
+    def __init__(self, root, plan, rows):
+        self.root, self.plan, self.rows = root, plan, rows
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, i):
-        signal = np.load(self.path, mmap_mode="r")[self.rows[i]].astype(np.float32)
-        return torch.from_numpy(signal), torch.from_numpy(self.y[i].astype(np.float32))
+        row, plan = self.rows[i], self.plan
+        path = Path(self.root, plan["records"][row])
+        try:
+            return row, load_windows(path, plan["preprocessing"], plan["leads"], 1)[0], None
+        except InputError as error:
+            return row, None, str(error)
+
+
+def fill(cache, plan, root, workers):
+    """Write the rows that are not marked; returns [(ecg_id, record, why it cannot be read)]."""
+    import scipy.ndimage, scipy.signal, wfdb  # noqa: E401,F401  once, not in every worker
+    from tqdm import tqdm
+    if cache.open(tuple(plan["shape"]), cache.part) is None:
+        begin_cache(cache, plan)
+    marks = np.lib.format.open_memmap(cache.marks, "r+")
+    todo = np.flatnonzero(~marks).tolist()
+    processes = min(workers, math.ceil(len(todo) / CHUNK))
+    loader = torch.utils.data.DataLoader(Records(root, plan, todo), CHUNK, collate_fn=list,
+                                         num_workers=processes if processes > 1 else 0)
+    start, size = np.load(cache.part, mmap_mode="r").offset, 2 * math.prod(plan["shape"][1:])
+    bar = tqdm(None, cache.array.stem, len(marks), initial=len(marks) - len(todo), unit="record",
+               disable=None)
+    unreadable = []
+    with bar, open(cache.part, "r+b") as f:
+        for chunk in loader:
+            for row, signal, why in chunk:
+                if why:
+                    unreadable.append((plan["ecg_ids"][row], plan["records"][row], why))
+                    continue
+                f.seek(start + row * size)
+                f.write(signal.tobytes())  # through a memory map a full disk would end the process
+            f.flush()
+            os.fsync(f.fileno())
+            marks[[row for row, _, why in chunk if not why]] = True
+            marks.flush()
+            bar.update(len(chunk))
+    return unreadable
+
+
+def begin_cache(cache, plan):
+    """Make an empty array and its marks. Raises InputError if the disk is too full."""
+    cache.marks.unlink(missing_ok=True)
+    cache.part.unlink(missing_ok=True)
+    size, free = 2 * math.prod(plan["shape"]), shutil.disk_usage(cache.part.parent).free
+    if size > free:
+        raise InputError(f"{cache.array}: no space left: it wants {size / 1e9:.2g} GB and finds "
+                         f"{free / 1e9:.2g}; make room and run this again")
+    np.lib.format.open_memmap(cache.part, "w+", np.float16, tuple(plan["shape"]))
+    write_atomically(cache.plan, lambda path: path.write_text(json.dumps(plan)))
+    np.save(cache.marks, np.zeros(plan["shape"][0], bool))
+
+
+def write_listing(path, unreadable):
+    with open(path, "w", newline="") as f:
+        csv.writer(f).writerows([("ecg_id", "record", "reason"), *unreadable])
+
+
+def load_records(root, task, how="filter", leads=LEADS):
+    """(Labels, signals): the task's records that are in the cache. The signal of record i is
+    signals[labels.row[i]], of the memory-mapped array (N, leads, 5000), read only.
+
+    Raises InputError where there is no cache.
+    """
+    labels, (cache, plan) = load_labels(root, task), find_cache(root, task, how, leads)
+    found = cache.open(tuple(plan["shape"]))
+    if found is None:
+        raise InputError(f"{cache.array}: missing or damaged; `python data.py --data {root}` with "
+                         "the same --task, --preprocess and --leads builds it")
+    signals, marks = found
+    return labels.take(marks[labels.row]), signals
+
+
+class ECGDataset(torch.utils.data.Dataset):
+    """A task's records of some folds, for a DataLoader: signal (leads, 5000) and y (L,), float32.
+
+        build_cache("ptbxl")
+        train = ECGDataset("ptbxl", "all71", folds=TRAIN_FOLDS)
+    """
+
+    def __init__(self, root, task, folds, how="filter", leads=LEADS):
+        labels, _ = load_records(root, task, how, leads)
+        self.labels = labels.take(np.isin(labels.fold, folds))
+        self.path = find_cache(root, task, how, leads)[0].array  # an open array would be copied
+
+    def __len__(self):
+        return len(self.labels.row)
+
+    def __getitem__(self, i):
+        signal = np.load(self.path, mmap_mode="r")[self.labels.row[i]].astype(np.float32)
+        return torch.from_numpy(signal), torch.from_numpy(self.labels.y[i].astype(np.float32))
 
 
 def batches(signals, rows, device="cpu"):
@@ -607,37 +657,29 @@ def write_atomically(path, write):
         temporary.unlink(missing_ok=True)
 
 
-def versions():
-    import scipy
-    import wfdb
-    return {"numpy": np.__version__, "scipy": scipy.__version__, "wfdb": wfdb.__version__}
-
-
 # ----------------------------------------------------------------------------------------- download
 
 def download(root, url=URL):
     """Fetch PTB-XL's zip, unpack its 500 Hz records and two tables into `root` and check them
-    against SHA256SUMS.txt.
+    against SHA256SUMS.txt; files that are there and right are not written again.
 
-    Files that are there and right are not written again, and where all are, nothing is fetched.
-    The zip is removed at the end. Raises InputError for a zip that is damaged or lacks a file, and
-    for a file whose hash is not the published one.
+    Raises InputError for a zip that is damaged or lacks a file, and for a file whose hash is not
+    the published one. The zip is removed at the end.
     """
     import zipfile
-    import zlib
     from http.client import HTTPException
     root, archive = Path(root), Path(root, "ptb-xl.zip")
     if (root / SUMS).exists():
-        wanted = wanted_files((root / SUMS).read_text(errors="replace"), root / SUMS)
-        if all(is_right(root / name, digest) for name, digest in wanted.items()):
+        wanted = wanted_files((root / SUMS).read_text(errors="replace"))
+        if wanted and all(is_right(root / name, digest) for name, digest in wanted.items()):
             return
     root.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
-        try:
+    try:
+        if not archive.exists():
             torch.hub.download_url_to_file(url, str(archive))
-        except (OSError, ValueError, HTTPException) as error:
-            raise InputError(f"{url}: cannot be fetched ({line_of(error)}); run the same command "
-                             "again, or --url for a mirror") from None
+    except (OSError, ValueError, HTTPException) as error:
+        raise InputError(f"{url}: cannot be fetched ({line_of(error)}); run the same command "
+                         "again, or --url for a mirror") from None
     try:
         with zipfile.ZipFile(archive) as z:
             unpack(z, root)
@@ -654,7 +696,7 @@ def unpack(z, root):
     from zipfile import BadZipFile
     sums = min((name for name in z.namelist() if Path(name).name == SUMS), key=len, default=SUMS)
     text, prefix = z.read(sums), sums[:-len(SUMS)]
-    wanted = wanted_files(text.decode(errors="replace"), z.filename)
+    wanted = wanted_files(text.decode(errors="replace"))
     for name, digest in tqdm(wanted.items(), "unpack", unit="file", disable=None):
         if is_right(root / name, digest):
             continue
@@ -663,19 +705,17 @@ def unpack(z, root):
             raise BadZipFile(f"{name} does not have the hash of {SUMS}")
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(root / name, lambda path: path.write_bytes(content))
+    if not {DATABASE, STATEMENTS} <= wanted.keys():
+        raise BadZipFile(f"{SUMS} does not list the two tables")
     write_atomically(root / SUMS, lambda path: path.write_bytes(text))
 
 
-def wanted_files(text, where):
+def wanted_files(sums):
     """SHA256SUMS.txt -> {name: hash} of the 500 Hz records and the two tables; only such names are
     ever written."""
-    pairs = re.findall(r"^([0-9a-f]{64}) [ *]?(\S+)\s*$", text, re.MULTILINE)
-    wanted = {name: digest for digest, name in pairs if name in (DATABASE, STATEMENTS)
-              or re.fullmatch(r"records500/\d{5}/\d{5}_hr\.(dat|hea)", name)}
-    if not {DATABASE, STATEMENTS} <= set(wanted):
-        raise InputError(f"{where}: its {SUMS} does not list {DATABASE} and {STATEMENTS}; wanted "
-                         "PTB-XL 1.0.3's, remove the file and run this again")
-    return wanted
+    pairs = re.findall(r"^([0-9a-f]{64}) [ *]?(\S+)\s*$", sums, re.MULTILINE)
+    return {name: digest for digest, name in pairs if name in (DATABASE, STATEMENTS)
+            or re.fullmatch(r"records500/\d{5}/\d{5}_hr\.(dat|hea)", name)}
 
 
 def is_right(path, digest):
@@ -687,7 +727,9 @@ def is_right(path, digest):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
-    add("--data", default="ptbxl", help="PTB-XL's folder (default: ptbxl)")
+    add("--data", default="ptbxl", help="the set's folder (default: ptbxl)")
+    add("--task", default="all71", help="a .csv table of records of your own (default: PTB-XL's)")
+    add("--leads", default=",".join(LEADS), help="such as II,V1,V5 (default: all twelve)")
     add("--preprocess", choices=PREPROCESSING, default="filter",
         help="default: filter, as ECGFounder's authors demand")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
@@ -701,10 +743,10 @@ def main(argv=None):
             raise InputError(f"--workers is {args.workers}; wanted at least 1")
         if args.download:
             download(args.data, args.url)
-        build_cache(args.data, args.preprocess, args.workers, args.skip_unreadable)
-        files = cache_files(args.data, args.preprocess)
-        marks, size = np.load(files.marks), files.array.stat().st_size
-        line = f"{files.array}: {marks.sum():,} records, {size / 1e9:.2f} GB"
+        cache = build_cache(args.data, args.task, args.preprocess, parse_leads(args.leads),
+                            args.workers, args.skip_unreadable)
+        marks, size = np.load(cache.marks), cache.array.stat().st_size
+        line = f"{cache.array}: {marks.sum():,} records, {size / 1e9:.2f} GB"
         if not marks.all():
             line += f", {np.sum(~marks)} unreadable ones left out"
         print(line)

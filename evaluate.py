@@ -1,18 +1,20 @@
-"""Macro AUROC and AUPRC on PTB-XL's test fold, with 95 % intervals over patients; models compared;
-one ECG predicted.
+"""Macro AUROC and AUPRC on a test fold or a whole set, with 95 % intervals over patients; models
+compared; single ECGs predicted.
 
     python evaluate.py runs/x/best.pt                     # fold 10; writes runs/x/predictions.npz
     python evaluate.py runs/x/best.pt --fold 9 10 --out runs/x/folds9+10.npz --json scores.json
-    python evaluate.py predictions.npz                    # of any model: y_true and y_prob (N, L),
-                                                          # classes (L,)
+    python evaluate.py runs/x/best.pt --data georgia --task georgia.csv --fold all
     python evaluate.py A.npz B.npz runs/x/best.pt         # side by side, with paired differences
     python evaluate.py runs/x/best.pt --record path/to/record --plot ecg.png
+    python evaluate.py runs/x/best.pt --record folder --out probabilities.csv
 
-A checkpoint of post_train.py holds all that is needed: network, task, classes, preprocessing, data
-path. Predictions are made in float32 (on a GPU with PyTorch's defaults: TF32 convolutions where it
-has them). Needs data.py and model.py beside it.
+A checkpoint of post_train.py holds all that is needed: network, task, classes, leads,
+preprocessing, data path. An .npz holds the predictions of any model: y_true and y_prob (N, L),
+classes (L,), and perhaps ecg_id and patient_id (N,). Predictions are made in float32 (on a GPU with
+PyTorch's defaults: TF32 convolutions where it has them). Needs data.py and model.py beside it.
 """
 import argparse
+import csv
 import json
 import os
 import sys
@@ -30,12 +32,14 @@ from data import InputError
 METRICS = ("auroc", "auprc")
 DRAWS = 1000        # of the bootstrap
 DRAW_CHUNK = 2**22  # weights held at once, 32 MB
-CHECKPOINT_LAYOUT = 1
-CHECKPOINT = {"layout": int, "task": str, "classes": list, "preprocessing": str, "data": str,
-              "args": dict}  # what one says of itself
+PICTURES = (".png", ".pdf", ".svg")
+FEW = 10            # a threshold that rests on fewer positives says so
+CHECKPOINT_LAYOUT = 2
+CHECKPOINT = {"layout": int, "task": str, "classes": list, "leads": list, "preprocessing": str,
+              "data": str, "args": dict}    # what one says of itself
 PREDICTIONS = {     # the arrays (the last two may be missing) and the NumPy kinds they may have
-    "y_true": "biuf", "y_prob": "biuf", "classes": "biufUS", "ecg_id": "biufUS",
-    "patient_id": "biufUS"}
+    "y_true": "biuf", "y_prob": "biuf", "classes": "biufU", "ecg_id": "biufU",
+    "patient_id": "biufU"}
 
 
 # ------------------------------------------------------------------------------------------- metric
@@ -133,6 +137,20 @@ def interval(draws):
     return np.moveaxis(np.percentile(draws, (2.5, 97.5), axis=0), 0, -1)
 
 
+def best_thresholds(y_true, y_prob):
+    """The threshold of each class, for probabilities that reach it, with the best F1 =
+    2 TP / (predicted + positives): (N, L), (N, L) -> (L,), NaN without a positive."""
+    y, prob = np.asarray(y_true, bool), np.asarray(y_prob, np.float64)
+    thresholds, predicted = np.full(y.shape[1], np.nan), np.arange(1, len(y) + 1)
+    for c in np.flatnonzero(y.any(0)):
+        order = np.argsort(-prob[:, c], kind="stable")
+        score, true = prob[order, c], np.cumsum(y[order, c])
+        f1 = 2 * true / (predicted + true[-1])
+        f1[:-1][score[:-1] == score[1:]] = 0  # no threshold parts equal probabilities
+        thresholds[c] = score[f1.argmax()]
+    return thresholds
+
+
 # ------------------------------------------------------------------------------------------ reports
 
 def plain(values):
@@ -146,7 +164,7 @@ def report(scores, y_true, classes):
     """Scores as plain data: macro AUROC and AUPRC with 95 % intervals, per class, undefined
     classes; None if undefined."""
     point, draws = macro(scores.point), macro(scores.draws)
-    ci, bias = interval(draws), draws.mean(0) - point
+    ci = interval(draws)
     names = [f"macro_{metric}" for metric in METRICS]
     auroc, auprc = map(plain, scores.point)
     positives = np.sum(y_true, axis=0).tolist()
@@ -154,7 +172,6 @@ def report(scores, y_true, classes):
         "n": len(y_true),
         **dict(zip(names, plain(point))),
         **{f"{name}_ci": plain(ends) for name, ends in zip(names, ci)},
-        "bootstrap_bias": dict(zip(names, plain(bias))),
         "per_class": {name: {"positives": n, "auroc": a, "auprc": p}
                       for name, n, a, p in zip(classes, positives, auroc, auprc)},
         "undefined": [name for name, a in zip(classes, auroc) if a is None],
@@ -187,19 +204,21 @@ def digits(value):
     return "     -" if value is None else f"{value:6.4f}"
 
 
-def summary_lines(result):
-    """A report's macro scores as lines to print."""
-    lines = [f"{result['n']:,} records"]
-    for name in METRICS:
-        low, high = map(digits, result[f"macro_{name}_ci"])
-        lines.append(f"macro {name.upper()} {digits(result[f'macro_{name}'])}  "
-                     f"95 % interval {low} to {high}")
-    return lines + undefined_lines(result)
-
-
-def undefined_lines(result):
-    names = result["undefined"]
-    return [f"undefined here, not counted: {', '.join(names)}"] if names else []
+def model_lines(reports):
+    """Macro scores with intervals of models on the same records, as lines to print."""
+    width = max(len(r["name"]) for r in reports)
+    title = f"{reports[0]['n']:,} records"
+    lines = [f"{title:{width}}   AUROC  95 % interval     AUPRC  95 % interval"]
+    for r in reports:
+        columns = []
+        for m in METRICS:
+            low, high = map(digits, r[f"macro_{m}_ci"])
+            columns.append(f"{digits(r[f'macro_{m}'])} {low} to {high}")
+        lines.append(f"{r['name']:{max(width, len(title))}}  {'  '.join(columns)}")
+    undefined = reports[0]["undefined"]
+    if undefined:
+        lines.append(f"without a positive or a negative, not counted: {', '.join(undefined)}")
+    return lines
 
 
 def class_lines(result):
@@ -209,19 +228,6 @@ def class_lines(result):
     for name, s in result["per_class"].items():
         scores = f"{digits(s['auroc'])} {digits(s['auprc'])}"
         lines.append(f"{name:{width}} {s['positives']:9,} {scores}")
-    return lines
-
-
-def model_lines(reports):
-    """Models' macro scores with intervals, side by side, as lines to print."""
-    width = max(len(r["name"]) for r in reports)
-    lines = [f"{'':{width}}  AUROC  95 % interval    AUPRC  95 % interval"]
-    for r in reports:
-        columns = []
-        for m in METRICS:
-            low, high = map(digits, r[f"macro_{m}_ci"])
-            columns.append(f"{digits(r[f'macro_{m}'])} {low} to {high}")
-        lines.append(f"{r['name']:{width}} {'  '.join(columns)}")
     return lines
 
 
@@ -296,48 +302,70 @@ def load_checkpoint(path):
         raise InputError(f"{path}: no such file; `python post_train.py` writes checkpoints to "
                          "runs/")
     checkpoint = network.read_checkpoint(path)
+    if checkpoint.get("layout", CHECKPOINT_LAYOUT) != CHECKPOINT_LAYOUT:
+        raise InputError(f"{path}: is of checkpoint layout {checkpoint['layout']}, this is layout "
+                         f"{CHECKPOINT_LAYOUT}; use the files it was trained with, or train again")
     lacking = [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(key), kind)]
-    if not lacking and not all(isinstance(name, str) for name in checkpoint["classes"]):
-        lacking = ["classes"]
+    lacking += [key for key in ("classes", "leads") if key not in lacking
+                and not all(isinstance(name, str) for name in checkpoint[key])]
     if lacking:
         raise InputError(f"{path}: does not say its {lacking[0]}; wanted a checkpoint of "
                          "post_train.py (the official weights are no model of a task yet: train "
                          "first)")
-    if checkpoint["layout"] != CHECKPOINT_LAYOUT:
-        raise InputError(f"{path}: is of checkpoint layout {checkpoint['layout']}, this is layout "
-                         f"{CHECKPOINT_LAYOUT}; use the files it was trained with, or train again")
     return checkpoint
 
 
 def load_model(checkpoint, path, device="cpu"):
     """The network of a checkpoint that was read from `path`, in eval mode."""
-    model = network.ecgfounder(len(checkpoint["classes"]))
+    model = network.ecgfounder(len(checkpoint["classes"]), len(checkpoint["leads"]))
     network.load_state(model, checkpoint["state_dict"], path, head=True)
     return model.to(device).eval()
 
 
-def predict_folds(path, folds, root=None, device="cpu", batch_size=64, skip_unreadable=False):
-    """Predict the records of `folds` with a checkpoint -> dict of arrays: ecg_id, patient_id,
-    classes, y_true, y_prob."""
+def shared_classes(names, classes):
+    """The classes that all lists have, in the order of the first, and a line that names the others
+    (None where there are none). names: whose lists they are. Raises InputError if none is shared.
+    """
+    shared = [c for c in classes[0] if all(c in others for others in classes)]
+    if not shared:
+        firsts = ", ".join(f"{name} has {some[0]}" for name, some in zip(names, classes))
+        raise InputError(f"no class in common ({firsts}, ...); wanted the same names for the same "
+                         "classes")
+    others = [[c for c in some if c not in shared] for some in classes]
+    said = [f"{', '.join(some)} of {name}" for name, some in zip(names, others) if some]
+    return shared, f"classes left out: {'; '.join(said)}" if said else None
+
+
+def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadable=False):
+    """Predict the records of `folds` with a checkpoint -> (dict of arrays: ecg_id, patient_id,
+    classes, y_true, y_prob, features (N, 1024); a line on classes left out, or None).
+
+    root, task: of another set than the one it was trained on; classes are matched by name.
+    """
     checkpoint = load_checkpoint(path)
     model = load_model(checkpoint, path, device)
-    root, how = root or checkpoint["data"], checkpoint["preprocessing"]
+    root, task = root or checkpoint["data"], task or checkpoint["task"]
+    made = task, checkpoint["preprocessing"], checkpoint["leads"]
     skip = skip_unreadable or checkpoint["args"].get("skip_unreadable", False)
-    data.build_cache(root, how, skip_unreadable=skip)
-    labels, signals, rows = data.load_records(root, checkpoint["task"], how)
-    if labels.classes != checkpoint["classes"]:
-        other = sorted(set(labels.classes) ^ set(checkpoint["classes"])) or ["their order"]
-        raise InputError(f"{path}: its {len(checkpoint['classes'])} classes are not the "
-                         f"{len(labels.classes)} of {root} (first difference: {other[0]}); wanted "
-                         "the data it was trained for")
-    chosen = np.isin(labels.fold, folds)
-    if not chosen.any():
-        raise InputError(f"{root}: holds no record of {checkpoint['task']} in fold "
-                         f"{', '.join(map(str, folds))}; see --fold and --data")
-    logits = infer(model, signals, rows[chosen], device, batch_size)
-    return {"ecg_id": labels.ecg_id[chosen], "patient_id": labels.patient_id[chosen],
-            "classes": np.array(labels.classes), "y_true": labels.y[chosen],
-            "y_prob": probabilities(logits)}
+    data.build_cache(root, *made, skip_unreadable=skip)
+    labels, signals = data.load_records(root, *made)
+    labels = labels.take(np.isin(labels.fold, folds))
+    if not len(labels.row):
+        raise InputError(f"{root}: holds no record of {task} in fold "
+                         f"{', '.join(map(str, folds))}; see --fold, --task and --data")
+    names, classes = (Path(task).name, str(path)), (labels.classes, checkpoint["classes"])
+    shared, note = shared_classes(names, classes)
+    theirs, mine = ([some.index(c) for c in shared] for some in classes)
+
+    def features_and_logits(x):
+        features = model.forward_features(x)
+        return torch.cat([features, model.head(features)], 1)
+
+    out = infer(features_and_logits, signals, labels.row, device)
+    features, logits = np.split(out, [-len(classes[1])], axis=1)
+    return {"ecg_id": labels.ecg_id, "patient_id": labels.patient_id, "classes": np.array(shared),
+            "y_true": labels.y[:, theirs], "y_prob": probabilities(logits)[:, mine],
+            "features": features}, note
 
 
 def load_predictions(path):
@@ -348,75 +376,69 @@ def load_predictions(path):
     try:
         with np.load(path, allow_pickle=False) as z:
             found = {key: z[key] for key in PREDICTIONS if key in z.files}
-        for key, array in found.items():
-            if array.dtype.kind == "S":
-                found[key] = np.char.decode(array, "utf-8", "replace")
-        y, p, classes = (found[key] for key in ("y_true", "y_prob", "classes"))
+        y, prob, classes = (found[key] for key in ("y_true", "y_prob", "classes"))
         (n, n_classes), ids = y.shape, [found.get(key) for key in ("ecg_id", "patient_id")]
-        fits = p.shape == y.shape and classes.shape == (n_classes,) and n * n_classes > 0
-        fits &= all(array is None or array.shape == (n,) for array in ids)
-        fits &= all(array.dtype.kind in PREDICTIONS[key] for key, array in found.items())
-        fits &= len(set(classes.tolist())) == n_classes
     except Exception as error:  # NumPy and zipfile raise many types; object arrays are refused here
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be read as predictions ({reason}); {wanted}") from None
-    if not fits:
+    fits = prob.shape == y.shape and classes.shape == (n_classes,) and n * n_classes > 0
+    fits &= all(array is None or array.shape == (n,) for array in ids)
+    fits &= all(array.dtype.kind in PREDICTIONS[key] for key, array in found.items())
+    if not fits or len(set(classes.tolist())) < n_classes:
         shapes = ", ".join(f"{key} {array.dtype} {array.shape}" for key, array in found.items())
         raise InputError(f"{path}: its arrays do not fit together, or a class stands twice "
                          f"({shapes}); {wanted}")
-    if not np.isin(y, (0, 1)).all():
-        raise InputError(f"{path}: y_true holds other values than 0 and 1; wanted a 1 for each "
-                         "class a record has")
-    if not ((p >= 0) & (p <= 1)).all():
-        raise InputError(f"{path}: y_prob holds values that are no probabilities; wanted finite "
-                         "ones in [0, 1]")
+    if not np.isin(y, (0, 1)).all() or not ((prob >= 0) & (prob <= 1)).all():
+        raise InputError(f"{path}: y_true holds other values than 0 and 1, or y_prob others than "
+                         "probabilities; wanted finite ones in [0, 1]")
     ecg_id, patient_id = ids
     if patient_id is not None and patient_id.dtype.kind == "f":  # as pandas reads PTB-XL's
         unknown = np.arange(n) - n  # each a patient of its own
         patient_id = np.where(np.isfinite(patient_id), patient_id, unknown)
     return {"ecg_id": ecg_id, "patient_id": patient_id, "classes": classes.astype(str),
-            "y_true": y.astype(np.uint8), "y_prob": p.astype(np.float64)}
+            "y_true": y.astype(np.uint8), "y_prob": prob.astype(np.float64)}
 
 
 # --------------------------------------------------------------------------------------- comparison
 
 def matched(names, models):
-    """Several models' predictions over the records and classes of the first: patient_id, classes,
-    y_true, [y_prob].
+    """Several models' predictions over the records of the first and the classes that all have ->
+    (dict of patient_id, classes, y_true, [y_prob]; a line on classes left out, or None).
 
     Records are matched by ecg_id, classes by name, in whatever order they come. Raises InputError
     saying what does not match.
     """
-    first, patient_id, probs = models[0], models[0]["patient_id"], []
-    for name, model in zip(names, models):
-        places = np.ix_(*(match(name, names[0], key, model[key], first[key])
-                          for key in ("ecg_id", "classes")))
-        y = model["y_true"][places]
-        unlike = np.argwhere(y != first["y_true"])
+    lists, patient_id, labels, probs = [m["classes"].tolist() for m in models], None, [], []
+    shared, note = shared_classes(names, lists)
+    for name, model, classes in zip(names, models, lists):
+        rows = match(name, names[0], model["ecg_id"], models[0]["ecg_id"])
+        places = np.ix_(rows, [classes.index(c) for c in shared])
+        labels.append(model["y_true"][places])
+        probs.append(model["y_prob"][places])
+        unlike = np.argwhere(labels[-1] != labels[0])
         if len(unlike):
             i, c = unlike[0]
-            raise InputError(f"{name}: {first['classes'][c]} of ecg_id {first['ecg_id'][i]} is "
-                             f"{y[i, c]}, in {names[0]} {first['y_true'][i, c]}; wanted the same "
-                             "labels")
+            raise InputError(f"{name}: {shared[c]} of ecg_id {models[0]['ecg_id'][i]} is "
+                             f"{labels[-1][i, c]}, in {names[0]} {labels[0][i, c]}; wanted the "
+                             "same labels")
         if patient_id is None and model["patient_id"] is not None:
-            patient_id = model["patient_id"][places[0].ravel()]
-        probs.append(model["y_prob"][places])
-    return {"classes": first["classes"].tolist(), "patient_id": patient_id,
-            "y_true": first["y_true"], "y_prob": probs}
+            patient_id = model["patient_id"][rows]
+    return {"classes": shared, "patient_id": patient_id, "y_true": labels[0],
+            "y_prob": probs}, note
 
 
-def match(name, other, key, mine, wanted):
-    """Where in the array `mine` of the model `name` the values `wanted` stand."""
+def match(name, other, mine, wanted):
+    """Where in `mine`, the ecg_ids of the model `name`, those that are `wanted` stand."""
     if mine is None or wanted is None:
-        raise InputError(f"{name} and {other}: not both have {key}; wanted it, to match records by")
+        raise InputError(f"{name} and {other}: not both have ecg_id; wanted it, to match records")
     mine, wanted = mine.tolist(), wanted.tolist()
     place = {value: i for i, value in enumerate(mine)}
     if len(place) < len(mine):
-        raise InputError(f"{name}: holds a value of {key} twice; wanted each once")
+        raise InputError(f"{name}: holds an ecg_id twice; wanted each once")
     differ = sorted(place.keys() ^ set(wanted), key=str)
     if differ:
         lacks = len(set(wanted) - place.keys())
-        raise InputError(f"{name}: of {other}'s {len(wanted)} {key} it lacks {lacks}, and it has "
+        raise InputError(f"{name}: of {other}'s {len(wanted)} ecg_id it lacks {lacks}, and it has "
                          f"{len(differ) - lacks} others (first difference: {differ[0]}); wanted "
                          "the same")
     return [place[value] for value in wanted]
@@ -432,41 +454,106 @@ def names_of(paths):
 
 
 def compare(names, models):
-    """Several models' predictions -> (Scores of each, reports and paired differences as plain
-    data)."""
-    m = matched(names, models)
+    """Several models' predictions -> (reports and paired differences as plain data; a line on
+    classes left out, or None)."""
+    m, note = matched(names, models)
     scores = [score(m["y_true"], prob, m["patient_id"]) for prob in m["y_prob"]]
     reports = [{"name": name, **report(s, m["y_true"], m["classes"])}
                for name, s in zip(names, scores)]
     pairs = [{"a": names[i], "b": names[j], **difference(scores[i], scores[j], m["classes"])}
              for i, j in combinations(range(len(names)), 2)]
-    return scores, {"models": reports, "pairs": pairs}
+    return {"models": reports, "pairs": pairs}, note
 
 
-# --------------------------------------------------------------------------------------- one record
+# ------------------------------------------------------------------------------------- single ECGs
 
-def predict_record(path, record, device="cpu", top=5):
-    """Predict one WFDB record, of any set and rate -> lines with the most probable classes."""
-    checkpoint = load_checkpoint(path)
-    model = load_model(checkpoint, path, device)
-    signal = data.load_signal(record, checkpoint["preprocessing"])
-    prob = probabilities(infer(model, signal[None], np.array([0]), device))[0]
-    best = np.argsort(-prob, kind="stable")[:top]
-    return [f"{checkpoint['classes'][i]:8} {prob[i]:.4f}" for i in best]
+class Prediction(NamedTuple):
+    record: str
+    windows: int        # of 10 s, over which the probabilities are averaged
+    prob: np.ndarray    # (L,)
 
 
-def plot_record(record, path):
+def predict_records(checkpoint, path, records, device="cpu"):
+    """Predict WFDB records of any set, rate and length with a checkpoint that was read from `path`
+    -> ([Prediction of each that can be read], [why the others cannot])."""
+    from tqdm import tqdm
+    model, found, unreadable = load_model(checkpoint, path, device), [], []
+    how, leads = checkpoint["preprocessing"], checkpoint["leads"]
+    for record in tqdm(records, "predict", unit="record", disable=None if records[1:] else True):
+        try:
+            signals = data.load_windows(record, how, leads)
+        except InputError as error:
+            unreadable.append(str(error))
+            continue
+        prob = probabilities(infer(model, signals, np.arange(len(signals)), device)).mean(0)
+        found.append(Prediction(str(record), len(signals), prob))
+    return found, unreadable
+
+
+def find_records(paths):
+    """WFDB records by their paths, with or without an extension, and all those in folders."""
+    records = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            records += sorted(header.with_suffix("") for header in path.rglob("*.hea"))
+        else:
+            known = path.suffix in (".hea", ".dat", ".mat")
+            records.append(path.with_suffix("") if known else path)
+    if not records:
+        raise InputError(f"{', '.join(map(str, paths))}: holds no WFDB record; wanted .hea headers "
+                         "and their signal files")
+    return records
+
+
+def thresholds_of(checkpoint):
+    """(thresholds (L,), positives of fold 9 that each rests on (L,)); NaN and 0 where unknown."""
+    n = len(checkpoint["classes"])
+    known = checkpoint.get("thresholds", [np.nan] * n), checkpoint.get("positives", [0] * n)
+    return np.array(known[0]), known[1]
+
+
+def record_lines(checkpoint, prediction, top=5):
+    """The most probable classes and all that reach their threshold, as lines to print."""
+    thresholds, positives = thresholds_of(checkpoint)
+    prob, lines = prediction.prob, ["class    probability  threshold"]
+    for rank, i in enumerate(np.argsort(-prob, kind="stable")):
+        above = prob[i] >= thresholds[i]
+        if rank >= top and not above:
+            continue
+        line = f"{checkpoint['classes'][i]:8} {prob[i]:11.4f}  {digits(plain(thresholds[i])):>9}"
+        if above:
+            line += "  above"
+        if positives[i] < FEW and not np.isnan(thresholds[i]):
+            line += f"  few: it rests on {positives[i]} ECGs"
+        lines.append(line.rstrip())
+    if prediction.windows > 1:
+        lines.append(f"mean of {prediction.windows} windows of 10 s")
+    return lines
+
+
+def write_table(path, checkpoint, predictions):
+    """A csv of predictions, a row for each record."""
+    classes, (thresholds, _) = np.array(checkpoint["classes"]), thresholds_of(checkpoint)
+    with open(path, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["record", "windows", "above_threshold", *classes])
+        for p in predictions:
+            above = ";".join(classes[p.prob >= thresholds])
+            writer.writerow([p.record, p.windows, above, *(f"{v:.6f}" for v in p.prob)])
+
+
+def plot_record(record, leads, path):
     """The first 10 s of a record on ECG paper (25 mm/s and 10 mm/mV lines), drawn by wfdb, to a
     picture file."""
     import matplotlib
     matplotlib.use("Agg")
     import wfdb
-    signal, fs = data.read_record(record)
+    signal, fs = data.read_record(record, leads)
     signal = np.stack([data.fill_gaps(lead) for lead in signal[:, :int(10 * fs)].astype(float)]).T
     figure = wfdb.plot_items(
-        signal=signal, fs=fs, sig_name=list(data.LEADS), sig_units=["mV"] * len(data.LEADS),
-        time_units="seconds", ecg_grids="all", figsize=(16, 22), title=Path(record).name,
-        return_fig=True)
+        signal=signal, fs=fs, sig_name=list(leads), sig_units=["mV"] * len(leads),
+        time_units="seconds", ecg_grids="all", figsize=(16, 1 + 1.75 * len(leads)),
+        title=Path(record).name, return_fig=True)
     save_picture(figure, path, dpi=80)
 
 
@@ -480,52 +567,47 @@ def save_picture(figure, path, dpi):
 
 # ------------------------------------------------------------------------------------- command line
 
-def output_of(model, out, folds):
-    """Where a checkpoint's predictions of `folds` (None: of the test fold) go."""
-    name = "-".join(["predictions", *map(str, folds or [])])
-    path = Path(out or Path(model).with_name(f"{name}.npz"))
-    return path if path.suffix == ".npz" or path.is_dir() else path.with_name(f"{path.name}.npz")
-
-
-def check_picture(path):
-    if Path(path).suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"{path}: no picture can be written under this name; wanted .png, .pdf or "
-                         ".svg")
+def output_of(args, path):
+    """Where the predictions of a checkpoint go."""
+    parts = [] if Path(path).stem == "best" else [Path(path).stem]
+    parts += [Path(args.task).stem] if args.task else []
+    name = "-".join(["predictions", *parts, *(args.fold or [])])
+    return args.out or Path(path).with_name(f"{name}.npz")
 
 
 def check(args):
     """Raise InputError for options that do not go together, before anything is read or written."""
-    checkpoints = [path for path in args.models if not path.endswith(".npz")]
-    given = [key for key in ("fold", "data", "out", "skip_unreadable", "json")
-             if getattr(args, key) not in (None, False)]
-    for key in given:
-        if args.record or not checkpoints and key != "json":
-            what = "with --record" if args.record else "for predictions"
-            raise InputError(f"--{key.replace('_', '-')} has no meaning {what}; leave it out")
-    for key in ("record", "out"):
-        if len(args.models) > 1 and getattr(args, key):
-            raise InputError(f"--{key} goes with one FILE, {len(args.models)} were given; give one")
-    if args.plot and not args.record:
-        raise InputError("--plot draws a --record; tests/tools/figures.py draws models' scores")
-    if args.plot:
-        check_picture(args.plot)
+    only_npz = all(path.endswith(".npz") for path in args.models)
+    predicting = ("fold", "data", "task", "skip_unreadable", "features")
+    senseless = (("with --record", args.record, (*predicting, "json")),
+                 ("for predictions", only_npz, (*predicting, "record", "out")),
+                 ("without --record", not args.record, ("plot",)),
+                 ("with several files", len(args.models) > 1, ("record", "out")))
+    for when, true, keys in senseless:
+        given = [key.replace("_", "-") for key in keys if true and getattr(args, key)]
+        if given:
+            raise InputError(f"--{given[0]} has no meaning {when}; leave it out")
+    endings = {"json": [".json"], "plot": PICTURES, "out": [".csv" if args.record else ".npz"]}
+    for key, allowed in endings.items():
+        path = Path(getattr(args, key) or f"x{allowed[0]}")
+        if path.suffix not in allowed or not path.parent.is_dir() or path.is_dir():
+            raise InputError(f"--{key} {path}: cannot be written; wanted a name that ends in "
+                             f"{' or '.join(allowed)} in a folder that is there")
     for path in args.models:
         if not os.path.isfile(path):
             raise InputError(f"{path}: no such file; wanted a checkpoint (`python post_train.py` "
                              "writes them to runs/) or predictions (.npz)")
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size is {args.batch_size}; wanted at least 1")
-    outputs = [Path(path) for path in (args.json, args.plot) if path]
-    if not args.record:
-        outputs += [output_of(path, args.out, args.fold) for path in dict.fromkeys(checkpoints)]
-    taken = {Path(path).resolve() for path in args.models}
-    for path in outputs:
-        if path.is_dir() or not path.parent.is_dir():
-            raise InputError(f"{path}: cannot be written; wanted a file in a folder that is there")
-        if path.resolve() in taken:
-            raise InputError(f"{path}: would be overwritten; name another file, or score each "
-                             "checkpoint alone with its own --out and compare those")
-        taken.add(path.resolve())
+
+
+def folds_of(args):
+    """The folds asked for, 1 to 10. Raises InputError for others."""
+    asked = args.fold or [str(data.TEST_FOLD)]
+    if asked == ["all"]:
+        return list(range(1, 11))
+    wrong = [fold for fold in asked if fold not in map(str, range(1, 11))]
+    if wrong:
+        raise InputError(f"--fold {wrong[0]}: no such fold; wanted some of 1 to 10, or all")
+    return list(map(int, asked))
 
 
 def parse(argv):
@@ -534,57 +616,81 @@ def parse(argv):
     add("models", metavar="FILE", nargs="+",
         help="checkpoints of post_train.py, or predictions (.npz) of any model; several are "
              "compared")
-    add("--fold", type=int, nargs="+", metavar="K",
-        help="folds to predict (default: 10, the test fold)")
-    add("--data", help="PTB-XL's folder (default: where the checkpoint was trained)")
-    add("--out",
-        help="where to write the predictions (default: predictions.npz, with --fold 9 "
-             "predictions-9.npz, beside the checkpoint)")
+    add("--fold", nargs="+", metavar="K", help="folds to predict, or all (default: 10, the test)")
+    add("--data", help="folder of the set (default: where the checkpoint was trained)")
+    add("--task", metavar="TASK",
+        help="another task or .csv table than the checkpoint's; classes are matched by name")
+    add("--out", help="where to write the predictions (default: predictions.npz, with --fold 9 "
+                      "predictions-9.npz, beside the checkpoint)")
+    add("--features", action="store_true",
+        help="write the network's features (N, 1024) with the predictions")
     add("--json", metavar="FILE", help="also write the scores as JSON")
-    add("--record", metavar="PATH",
-        help="predict this one WFDB record (path without extension) instead")
-    add("--plot", metavar="FILE.png", help="with --record: draw the ECG")
+    add("--record", metavar="PATH", nargs="+",
+        help="predict these WFDB records, or all of a folder, instead; several make a csv, --out "
+             "or records.csv beside the checkpoint")
+    add("--plot", metavar="FILE.png", help="with one --record: draw the ECG")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    add("--batch-size", type=int, default=64, help="ECGs at once (default: 64)")
     add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
-    args = parser.parse_args(argv)
-    if args.record:
-        args.record = args.record.removesuffix(".hea").removesuffix(".dat")
-    return args
+    return parser.parse_args(argv)
 
 
 def run(args):
     """What the arguments ask for -> lines to print."""
     check(args)
-    device, models = pick_device(args.device), {}
+    device, folds = pick_device(args.device), folds_of(args)
     if args.record:
-        lines = predict_record(args.models[0], args.record, device)
-        if args.plot:
-            plot_record(args.record, args.plot)
-        return lines
+        return run_records(args, device)
+    models, notes = {}, []
     # Predictions come first, as they are quick to read and to find fault with.
     for path in sorted(args.models, key=lambda path: not path.endswith(".npz")):
         if path.endswith(".npz"):
             models[path] = load_predictions(path)
-        else:
-            models[path] = predict_folds(path, args.fold or [data.TEST_FOLD], args.data, device,
-                                         args.batch_size, args.skip_unreadable)
-            data.write_atomically(output_of(path, args.out, args.fold),
-                                  lambda temporary: np.savez(temporary, **models[path]))
-    models = [models[path] for path in args.models]
+            continue
+        found, note = predict_folds(path, folds, args.data, args.task, device,
+                                    args.skip_unreadable)
+        models[path] = {k: v for k, v in found.items() if k != "features" or args.features}
+        notes.append(note)
+        data.write_atomically(output_of(args, path), lambda temporary: save_arrays(
+            temporary, models[path]))
+    names, models = names_of(args.models), [models[path] for path in args.models]
     if len(models) == 1:
         m = models[0]
         scores = score(m["y_true"], m["y_prob"], m["patient_id"])
         result = report(scores, m["y_true"], m["classes"].tolist())
-        lines = [*summary_lines(result), "", *class_lines(result)]
+        lines = [*model_lines([{"name": names[0], **result}]), "", *class_lines(result)]
     else:
-        _, result = compare(names_of(args.models), models)
-        reports = result["models"]
-        lines = [f"{reports[0]['n']:,} records", *undefined_lines(reports[0]), "",
-                 *model_lines(reports), "", *difference_lines(result["pairs"])]
+        result, note = compare(names, models)
+        notes.append(note)
+        lines = [*model_lines(result["models"]), "", *difference_lines(result["pairs"])]
     if args.json:
         write_json(args.json, result)
-    return lines
+    return [*filter(None, notes), *lines]
+
+
+def save_arrays(path, arrays):
+    with open(path, "wb") as f:  # given a name, NumPy would add .npz to it
+        np.savez(f, **arrays)
+
+
+def run_records(args, device):
+    """Predict single ECGs -> lines to print."""
+    path, records = args.models[0], find_records(args.record)
+    checkpoint = load_checkpoint(path)
+    if args.plot and len(records) > 1:
+        raise InputError(f"--plot draws one record, {len(records)} were given; give one")
+    found, unreadable = predict_records(checkpoint, path, records, device)
+    if len(records) == 1 and unreadable:
+        raise InputError(unreadable[0])
+    if args.plot:
+        plot_record(records[0], checkpoint["leads"], args.plot)
+    if len(records) == 1 and not args.out:
+        return record_lines(checkpoint, found[0])
+    out = Path(args.out or Path(path).with_name("records.csv"))
+    data.write_atomically(out, lambda temporary: write_table(temporary, checkpoint, found))
+    if unreadable:
+        raise InputError(f"{unreadable[0]}; {len(unreadable)} of {len(records)} records cannot be "
+                         f"read, the others are in {out}")
+    return [f"{out}: {len(found):,} records, {len(checkpoint['classes'])} classes"]
 
 
 def main(argv=None):

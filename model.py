@@ -1,9 +1,10 @@
 """ECGFounder's network in plain PyTorch, with stochastic depth whose dropped branches cost
 nothing.
 
-    python model.py                    # the network: shapes, parameters, FLOPs
-    python model.py --download         # fetch the official weights to checkpoints/, hash checked
-    python model.py --weights FILE     # verify a checkpoint: keys, hash, official logits
+    python model.py                        # the network: shapes, parameters, FLOPs
+    python model.py --download             # fetch the official weights, hash checked
+    python model.py --download --leads 1   # the one-lead release, of lead I
+    python model.py --weights FILE         # verify a checkpoint: keys, hash, official logits
 
 Input: (B, 12, T) float, T = 5000 samples at 500 Hz, leads I II III aVR aVL aVF V1-V6; output:
 logits (B, n_classes). Network and weights: Li et al., "An Electrocardiogram Foundation Model Built
@@ -27,11 +28,13 @@ LEVELS = ((64, 2), (160, 2), (160, 2), (400, 3), (400, 3), (1024, 4), (1024, 4))
 KERNEL = 16         # samples
 GROUP = 16          # channels per group of the grouped convolutions
 MIN_SAMPLES = 32
+LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+STEM = "first_conv.conv.weight"     # (64, leads, 16)
 
 OFFICIAL = "checkpoints/12_lead_ECGFounder.pth"
-OFFICIAL_URL = ("https://huggingface.co/PKUDigitalHealth/ECGFounder/resolve/main/"
-                "12_lead_ECGFounder.pth")
-OFFICIAL_SHA256 = "ee199f3781f4ae1f732973267f003da0a759ea12bddb0dd28a77faa60aca7997"
+OFFICIAL_ONE_LEAD = "checkpoints/1_lead_ECGFounder.pth"
+OFFICIAL_URL = "https://huggingface.co/PKUDigitalHealth/ECGFounder/resolve/main/"
+OFFICIAL_SHA256 = "ee199f3781f4ae1f732973267f003da0a759ea12bddb0dd28a77faa60aca7997"  # 12 leads
 # The official file's first logits (strict loading, float32, CPU) for
 # torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000).
 OFFICIAL_LOGITS = (8.3751173, -4.1527028, -6.7856750, -2.8647900, 4.4135675,
@@ -299,16 +302,27 @@ def is_plain(value):
             and value.device.type == "cpu" and not value.is_quantized and not value.is_nested)
 
 
-def load_pretrained(model, path, head=False):
+def load_pretrained(model, path, head=False, leads=None):
     """Load the official `.pth`, a checkpoint of post_train.py of any task, or a bare state_dict
-    into `model`; returns the checkpoint's dict.
+    into `model`; returns how many of the file's leads were left out.
 
-    Without `head` everything but `dense` is loaded, whether or not the file holds one. See
-    `load_state` for what is refused.
+    Without `head` everything but `dense` is loaded, whether or not the file holds one. leads: the
+    names of the model's; of those of the file (of the official ones: all twelve, or I) the others
+    are left out, which is the same as if they were zero. See `load_state` for what is refused.
     """
     checkpoint = read_checkpoint(path)
-    load_state(model, checkpoint["state_dict"], path, head)
-    return checkpoint
+    state, left_out = checkpoint["state_dict"], 0
+    stem = state.get(STEM)
+    if leads and stem is not None and stem.dim() == 3:
+        there = checkpoint.get("leads", LEADS if stem.shape[1] == len(LEADS) else LEADS[:1])
+        lacking = [lead for lead in leads if lead not in there]
+        if lacking or len(there) != stem.shape[1]:
+            raise WeightsError(f"{path}: is of leads {', '.join(there)}; wanted "
+                               f"{', '.join(lacking or there)} too: give other --leads")
+        state = {**state, STEM: stem[:, [there.index(lead) for lead in leads]]}
+        left_out = len(there) - len(leads)
+    load_state(model, state, path, head)
+    return left_out
 
 
 def load_state(model, found, path, head):
@@ -360,10 +374,10 @@ def verify(path):
     """Check a checkpoint and say what it is: lines to print. Raises WeightsError where something
     is wrong."""
     state = read_checkpoint(path)["state_dict"]
-    stem = state.get("first_conv.conv.weight")
+    stem = state.get(STEM)
     head = [value for key, value in state.items() if str(key).startswith("dense.")]
     if stem is None or stem.dim() != 3 or any(value.dim() == 0 for value in head):
-        raise WeightsError(f"{path}: has no first_conv.conv.weight; wanted ECGFounder's network")
+        raise WeightsError(f"{path}: has no {STEM}; wanted ECGFounder's network")
     n_classes = len(head[0]) if head else 1
     model = ecgfounder(n_classes, stem.shape[1]).eval()
     load_state(model, state, path, bool(head))
@@ -385,14 +399,14 @@ def verify(path):
                     "logits equal the published ones (rtol 1e-4)"]
 
 
-def download(path, url):
-    """Fetch the official weights to `path`: complete and with the known hash, or not at all."""
-    if os.path.exists(path) and sha256(path) == OFFICIAL_SHA256:
-        return
+def download(path, url, digest=None):
+    """Fetch weights to `path`: complete and with the known hash, or not at all."""
     from http.client import HTTPException
+    if os.path.exists(path) and digest in (None, sha256(path)):
+        return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:
-        torch.hub.download_url_to_file(url, path, hash_prefix=OFFICIAL_SHA256)
+        torch.hub.download_url_to_file(url, path, hash_prefix=digest)
     except (OSError, ValueError, HTTPException) as error:
         raise WeightsError(f"{url}: cannot be fetched ({error}); run the same command again, or "
                            "--url for a mirror") from None
@@ -405,14 +419,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--weights", metavar="FILE", help="verify this checkpoint")
     parser.add_argument("--download", action="store_true",
-                        help=f"fetch the official weights to {OFFICIAL}")
-    parser.add_argument("--url", default=OFFICIAL_URL,
-                        help="where to fetch them from (default: Hugging Face)")
+                        help="fetch the official weights to checkpoints/")
+    parser.add_argument("--leads", type=int, choices=(12, 1), default=12,
+                        help="of the release to fetch (default: 12)")
+    parser.add_argument("--url", help="where to fetch it from (default: Hugging Face)")
     args = parser.parse_args(argv)
+    path, digest = {12: (OFFICIAL, OFFICIAL_SHA256), 1: (OFFICIAL_ONE_LEAD, None)}[args.leads]
     try:
         if args.download:
-            download(OFFICIAL, args.url)
-            print("\n".join(verify(OFFICIAL)))
+            download(path, args.url or OFFICIAL_URL + os.path.basename(path), digest)
+            print("\n".join(verify(path)))
         if args.weights:
             print("\n".join(verify(args.weights)))
         if not args.download and not args.weights:

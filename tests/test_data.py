@@ -291,7 +291,7 @@ def test_a_cache_holds_every_record(uncached, whole, how, capsys):
     found = content(uncached)
     assert list(found) == [f"{how}.json", f"{how}.marks.npy", f"{how}.npy"]
     assert how != "filter" or found == whole
-    labels, signals, rows = data.load_records(uncached, "all71", how)
+    labels, signals = data.load_records(uncached, "all71", how)
     assert labels.ecg_id.tolist() == (rows + 1).tolist() == list(range(1, 61))
     assert signals.dtype == np.float16 and not signals.flags.writeable
     paths = sorted(path.with_suffix("") for path in uncached.rglob("*_hr.hea"))
@@ -410,7 +410,7 @@ def test_unreadable_records(uncached, whole, fails, capsys, monkeypatch):
 
     data.main(["--data", str(uncached), "--skip-unreadable"])
     assert "56 records" in capsys.readouterr().out
-    labels, signals, rows = data.load_records(uncached, "all71")
+    labels, signals = data.load_records(uncached, "all71")
     assert len(labels.y) == len(rows) == 56 and rows[labels.ecg_id == 4] == 3
     assert set(range(1, 61)) - set(labels.ecg_id.tolist()) == {3, 5, 7, 9}
     assert len(data.PTBXL(uncached, "all71", range(1, 11))) == 56
@@ -457,7 +457,7 @@ def test_an_up_to_date_cache_is_used_as_it_is(demo, reads, monkeypatch, capsys):
 @pytest.mark.real
 def test_real_cache(real):
     data.build_cache(real)
-    _, signals, rows = data.load_records(real, "all71")
+    labels, signals = data.load_records(real, "all71")
     assert signals.shape == (2831, 12, 5000) and len(rows) == 2831
     sample = np.asarray(signals[::97], np.float32)
     assert np.isfinite(sample).all() and np.allclose(sample.std((1, 2)), 1, atol=1e-2)

@@ -68,7 +68,7 @@ def test_killed_and_resumed_goes_on(demo_set, tmp_path, monkeypatch):
 
 def test_resident_and_pinned_batches_are_the_same(demo_set, monkeypatch):
     device = torch.device("cuda", 0)
-    _, signals, rows = data.load_records(demo_set, "all71")
+    labels, signals = data.load_records(demo_set, "all71")
     split = post_train.Split(signals, rows[5:40], torch.zeros(35, 1))
     resident, there, _ = post_train.on_device(split, device)
     assert isinstance(resident, torch.Tensor) and resident.is_cuda

@@ -263,7 +263,7 @@ def test_scores_are_those_of_fold_9_and_the_best_is_kept(undisturbed, demo_set, 
     assert [line["share"] for line in lines[4:]] == shares
     probe, last = weights(undisturbed, "probe.pt"), weights(undisturbed)
     mixed = [{key: (1 - s) * probe[key] + s * last[key] for key in last} for s in shares]
-    labels, signals, rows = data.load_records(demo_set, "rhythm12")
+    labels, signals = data.load_records(demo_set, "rhythm12")
     val, model = labels.fold == 9, network.ecgfounder(12).eval()
     x, y = torch.from_numpy(signals[rows[val]]).float(), torch.from_numpy(labels.y[val]).float()
     of_probe = lines[best_of_probe(lines) - 1]
@@ -300,7 +300,7 @@ def test_the_best_is_of_fine_tuning_where_there_is_any(monkeypatch, epochs, want
 def test_probing_on_features_equals_running_the_backbone_in_every_epoch(run, demo_set):
     out = run(demo_set, "--epochs", "0", "--probe-epochs", "3", "--dropout", "0")
     assert len(history(out)) == 3  # without fine-tuning there is nothing to interpolate
-    labels, signals, rows = data.load_records(demo_set, "rhythm12")
+    labels, signals = data.load_records(demo_set, "rhythm12")
     train = labels.fold <= 8
     x, y = torch.from_numpy(signals[rows[train]]).float(), torch.from_numpy(labels.y[train]).float()
     torch.manual_seed(0)

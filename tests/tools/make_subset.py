@@ -24,15 +24,14 @@ SETS = {"folds1-7": range(1, 8), "folds8-10": range(8, 11)}
 def make_subset(source, name, dest):
     """Write the set `name` as a PTB-XL folder. Raises data.InputError for what is missing."""
     source, dest = Path(source).resolve(), Path(dest)
-    rows, chosen = data.read_database(source, ("patient_id", "strat_fold"))[0], []
-    for i, row in enumerate(rows):
-        fold = data.whole_number(source, i, row, "strat_fold")
+    labels, chosen = data.load_labels(source, "all71"), []
+    rows = data.read_table(source, "all71").rows
+    for i, fold, patient in zip(labels.row, labels.fold, labels.patient_id):
         if fold not in SETS[name]:
             continue
         if fold == 7:
-            known = "patient_id" if row["patient_id"] else "ecg_id"
-            fold = 9 if data.whole_number(source, i, row, known) % 2 else 10
-        chosen.append(row | {"strat_fold": fold})
+            fold = 9 if patient % 2 else 10
+        chosen.append(rows[i] | {"strat_fold": fold})
     if not chosen:
         raise data.InputError(f"{source / data.DATABASE}: has no record of {name}; wanted the "
                               "whole of PTB-XL 1.0.3")

@@ -517,7 +517,7 @@ def fill(cache, plan, root, workers):
     bar = tqdm(None, cache.array.stem, len(marks), initial=len(marks) - len(todo), unit="record",
                disable=None)
     unreadable = []
-    with bar, open(cache.part, "r+b") as f:
+    with bar, open(cache.part, "r+b") as f, killed_workers_named():
         for chunk in loader:
             for row, signal, why in chunk:
                 if why:
@@ -531,6 +531,16 @@ def fill(cache, plan, root, workers):
             marks.flush()
             bar.update(len(chunk))
     return unreadable
+
+
+@contextmanager
+def killed_workers_named():
+    try:
+        yield
+    except RuntimeError as error:  # the loader's word for it
+        raise InputError(f"a worker was killed, perhaps because memory ran out ({error}); run the "
+                         "same command again, it goes on from what is done (fewer --workers need "
+                         "less memory)") from None
 
 
 def begin_cache(cache, plan):

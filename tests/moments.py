@@ -28,10 +28,13 @@ def watch(listing, kill_at, folder):
     def moment(name, just_before=lambda: None):
         with counter.get_lock():
             counter.value += 1
-            names.append(re.sub(r"\.\d+\.", "", name, count=1))  # the process in a temporary's name
-            if counter.value == kill_at:
-                just_before()
-                os.kill(script, signal.SIGKILL)
+            reached = counter.value == kill_at
+            if reached and os.getpid() != script:
+                os.kill(script, signal.SIGKILL)  # so that the script does not hold the lock
+        names.append(re.sub(r"\.\d+\.", "", name, count=1))  # the process in a temporary's name
+        if reached and os.getpid() == script:
+            just_before()
+            os.kill(script, signal.SIGKILL)
 
     def audit(event, args):
         if event in ("open", "os.rename", "os.remove") and isinstance(args[0], (str, os.PathLike)):

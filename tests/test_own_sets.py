@@ -1,0 +1,346 @@
+"""Sets of one's own: tables, fewer leads, other sets' records, thresholds, long records, features."""
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import model as network
+import post_train
+from helpers import write_record
+from make_demo import NAMES
+
+N = 40
+RNG = np.random.default_rng(0)
+CLASSES = ["fast", "AFIB", "noise"]     # in no order
+
+
+def ecg(fast, samples, fs, rng):
+    """Beats of 1 mV on all leads, 60 or 120 a minute -> (12, samples) in millivolts."""
+    t = np.arange(samples) / fs
+    period = 0.5 if fast else 1.0
+    beat = np.exp(-((t % period - 0.2) / 0.02) ** 2)
+    return np.outer(np.linspace(0.5, 1.5, 12), beat) + rng.normal(0, 0.02, (12, samples))
+
+
+def write_table(path, rows):
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture(scope="module")
+def clinic_set(tmp_path_factory):
+    """40 records at 257 Hz in microvolts, leads in another order, and clinic.csv beside them."""
+    root, order, rows = tmp_path_factory.mktemp("clinic"), RNG.permutation(12), []
+    (root / "ecg").mkdir()
+    for i in range(N):
+        fast = i % 2
+        signal = 1000 * ecg(fast, 2570, 257, RNG)[order]
+        write_record(root / f"ecg/r{i}", signal, [NAMES[k] for k in order], 257, "uV", 1)
+        rows.append({"record": f"ecg/r{i}", "patient_id": f"p{i // 2}", "fold": i // 4 + 1,
+                     "fast": fast, "AFIB": i % 3 // 2, "noise": i % 4 // 2})
+    write_table(root / "clinic.csv", rows)
+    data.build_cache(root, root / "clinic.csv", workers=1)
+    return root
+
+
+@pytest.fixture
+def clinic(clinic_set, tmp_path, monkeypatch):
+    """A copy, as the current folder."""
+    monkeypatch.chdir(shutil.copytree(clinic_set, tmp_path / "clinic"))
+
+
+def rows_of(name="clinic.csv"):
+    with open(name, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def train(*more):
+    post_train.main(["--data", ".", "--task", "clinic.csv", "--weights", "none", "--batch-size",
+                     "8", "--probe-epochs", "2", "--epochs", "2", "--device", "cpu", "--out",
+                     "run", *more])
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+def test_a_table_becomes_labels(clinic):
+    labels, rows = data.load_labels(".", "clinic.csv"), rows_of()
+    assert labels.classes == CLASSES and labels.ecg_id.tolist() == [r["record"] for r in rows]
+    assert labels.patient_id.tolist() == [r["patient_id"] for r in rows]
+    assert labels.y.tolist() == [[int(row[name]) for name in CLASSES] for row in rows]
+    assert labels.fold.tolist() == [int(row["fold"]) for row in rows]
+    numbered = [{"ecg_id": 100 - i, **row, "patient_id": ""} for i, row in enumerate(rows)]
+    write_table("numbered.csv", [row | {"fast": f"{row['fast']}.0"} for row in numbered])
+    again = data.load_labels(".", "numbered.csv")
+    assert again.ecg_id.tolist() == list(range(100, 60, -1)) and np.array_equal(again.y, labels.y)
+    assert len(set(again.patient_id.tolist())) == N  # unknown patients are each their own
+
+
+def test_whole_patients_are_dealt_to_folds_by_a_hash(clinic):
+    """The same on every machine and in every order; CRC-32 of "123456789" is 0xcbf43926."""
+    rows = [{k: v for k, v in row.items() if k != "fold"} for row in rows_of()]
+    write_table("dealt.csv", rows)
+    write_table("backwards.csv", [row | {"patient_id": "123456789"} for row in rows[:1]]
+                + rows[:0:-1])
+    labels, again = (data.load_labels(".", name) for name in ("dealt.csv", "backwards.csv"))
+    fold_of = dict(zip(labels.patient_id.tolist(), labels.fold.tolist()))
+    assert all(fold_of[p] == f for p, f in zip(labels.patient_id, labels.fold))
+    assert again.fold[0] == 0xcbf43926 % 10 + 1
+    assert all(fold_of[p] == f for p, f in zip(again.patient_id[1:], again.fold[1:]))
+    lone = [{k: v for k, v in row.items() if k != "patient_id"} for row in rows]
+    write_table("lone.csv", lone)
+    folds = data.load_labels(".", "lone.csv").fold
+    assert set(folds) <= set(range(1, 11)) and len(set(folds)) > 5
+
+
+def test_two_tables_over_one_folder_do_not_disturb_each_other(clinic):
+    first = data.find_cache(".", "clinic.csv")[0].array
+    before = first.read_bytes()
+    rows = rows_of()
+    write_table("half.csv", rows[::-2])
+    write_table("relabelled.csv", [row | {"fast": "0"} for row in rows])
+    data.build_cache(".", "half.csv", workers=1)
+    labels, signals = data.load_records(".", "half.csv")
+    assert first.read_bytes() == before and len(signals) == 20
+    whole = np.load(first, mmap_mode="r")
+    assert np.array_equal(signals[labels.row], whole[::-2])
+    assert data.find_cache(".", "relabelled.csv")[0].array == first  # the records are the same
+
+
+def test_the_cache_holds_the_leads_by_name(clinic):
+    labels, signals = data.load_records(".", "clinic.csv")
+    want = data.preprocess(*data.read_record("ecg/r3"))
+    np.testing.assert_array_equal(signals[3], want.astype(np.float16))
+    amplitude = data.read_record("ecg/r3")[0].max(1)
+    np.testing.assert_allclose(amplitude, np.linspace(0.5, 1.5, 12), atol=0.15)  # millivolts
+
+
+def test_from_a_table_to_scores(clinic, tiny, capsys):
+    """And a table that lacks a class in training, and has a patient on both sides."""
+    train("--frac", "0.75")
+    out = capsys.readouterr().out
+    assert "24 records to train and 4 to validate" in out and "no training record" not in out
+    checkpoint = torch.load("run/best.pt", weights_only=True)
+    assert checkpoint["classes"] == CLASSES and checkpoint["args"]["frac"] == 0.75
+    assert json.load(open("run/test.json"))["n"] == 4
+    rows = rows_of()
+    for row in rows[:32]:
+        row["AFIB"] = "0"
+    rows[39]["patient_id"] = rows[36]["patient_id"] = "p0"
+    write_table("clinic.csv", rows)
+    train("--out", "again")
+    out = capsys.readouterr().out
+    assert "no training record has AFIB" in out and "1 patients are in more than one" in out
+    args = post_train.parse(["--task", "some/clinic.csv"])
+    assert args.out == "runs/clinic-frac1-post-seed0"
+
+
+# -------------------------------------------------------------------------------------------- leads
+
+def test_names_of_leads():
+    assert data.parse_leads("v1, ii,V1") == ("II", "V1") and network.LEADS == data.LEADS
+    with pytest.raises(data.InputError, match="'X'.*wanted"):
+        data.parse_leads("I,X")
+
+
+@pytest.mark.parametrize("leads", [("I",), ("II", "V1", "V5")])
+def test_a_cut_network_is_the_whole_one_with_zeros(tmp_path, leads):
+    torch.manual_seed(0)
+    whole, cut = network.ecgfounder(4), network.ecgfounder(4, len(leads))
+    torch.save({"state_dict": whole.state_dict()}, tmp_path / "w.pth")
+    left_out = network.load_pretrained(cut, tmp_path / "w.pth", head=True, leads=leads)
+    x, index = torch.zeros(2, 12, 640), [data.LEADS.index(lead) for lead in leads]
+    x[:, index] = torch.randn(2, len(leads), 640)
+    assert left_out == 12 - len(leads)
+    with torch.no_grad():
+        torch.testing.assert_close(cut.eval()(x[:, index]), whole.eval()(x), atol=1e-6, rtol=1e-5)
+
+
+def test_the_one_lead_release_fits_lead_i_alone(tmp_path):
+    torch.manual_seed(0)
+    release = network.ecgfounder(4, 1)
+    torch.save({"state_dict": release.state_dict()}, tmp_path / "one.pth")
+    model = network.ecgfounder(2, 1)
+    assert network.load_pretrained(model, tmp_path / "one.pth", leads=("I",)) == 0
+    assert torch.equal(model.first_conv.conv.weight, release.first_conv.conv.weight)
+    with pytest.raises(network.WeightsError, match="is of leads I; wanted V1 too"):
+        network.load_pretrained(model, tmp_path / "one.pth", leads=("V1",))
+
+
+@pytest.mark.parametrize("how", data.PREPROCESSING)
+def test_the_cache_of_a_lead_is_preprocessing_of_it_alone(clinic, how):
+    data.build_cache(".", "clinic.csv", how, ("V2",), workers=1)
+    _, signals = data.load_records(".", "clinic.csv", how, ("V2",))
+    signal, fs = data.read_record("ecg/r7")
+    want = data.preprocess(signal[[7]], fs, how)  # V2 is the eighth
+    assert signals.shape == (N, 1, 5000)
+    np.testing.assert_array_equal(signals[7], want.astype(np.float16))
+
+
+def test_one_lead_from_records_to_a_prediction(clinic, tiny, capsys):
+    """Records that hold lead I alone; the backbone is one of twelve leads."""
+    train()
+    whole = torch.load("run/probe.pt", weights_only=True)["state_dict"]
+    for i in range(N):
+        signal, fs = data.read_record(f"ecg/r{i}")
+        write_record(f"ecg/r{i}", signal[:1], ["i"], fs)
+    train("--leads", "I", "--weights", "run/probe.pt", "--out", "one", "--epochs", "0")
+    assert "run/probe.pt without 11 of its leads" in capsys.readouterr().out
+    checkpoint = torch.load("one/best.pt", weights_only=True)
+    assert checkpoint["leads"] == ["I"]
+    stem = checkpoint["state_dict"]["first_conv.conv.weight"]
+    assert torch.equal(stem, whole["first_conv.conv.weight"][:, :1])
+    evaluate.main(["one/best.pt", "--record", "ecg/r3", "--plot", "ecg.png"])
+    assert capsys.readouterr().out.count("\n") >= 4
+    with pytest.raises(SystemExit):
+        evaluate.main(["run/best.pt", "--record", "ecg/r3"])
+    assert "has no lead II (it has i)" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- other sets
+
+@pytest.fixture(scope="module")
+def trained_set(clinic_set, tmp_path_factory):
+    """The clinic's folder after training."""
+    import tiny as small
+    root = shutil.copytree(clinic_set, tmp_path_factory.mktemp("trained") / "clinic")
+    with pytest.MonkeyPatch.context() as m:
+        small.shrink(m.setattr)
+        m.chdir(root)
+        train("--preprocess", "zscore", "--lr", "0.01")
+    return root
+
+
+@pytest.fixture
+def trained(trained_set, tmp_path, tiny, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(trained_set, tmp_path / "trained"))
+    checkpoint = torch.load("run/best.pt", weights_only=True)
+    torch.save(checkpoint | {"data": ".", "task": "clinic.csv"}, "run/best.pt")
+
+
+def by_hand(record, windows=1):
+    """Probabilities of a record's windows of 10 s by run/best.pt, (windows, L)."""
+    checkpoint = torch.load("run/best.pt", weights_only=True)
+    model = network.ecgfounder(3).eval()
+    model.load_state_dict(checkpoint["state_dict"])
+    signal, fs = data.read_record(record)
+    n = int(10 * fs)
+    parts = [data.preprocess(signal[:, i * n:(i + 1) * n], fs, "zscore") for i in range(windows)]
+    with torch.no_grad():
+        return torch.sigmoid(model(torch.from_numpy(np.stack(parts)))).numpy()
+
+
+def test_external_validation(trained, tmp_path, capsys):
+    """Another folder, its table with the classes in another order, one renamed, and all folds."""
+    other = tmp_path / "georgia"
+    shutil.copytree("ecg", other / "ecg")
+    rows = [{"record": row["record"], "AFIB": row["AFIB"], "PVC": row["noise"],
+             "fast": row["fast"]} for row in rows_of()]
+    write_table(tmp_path / "georgia.csv", rows)
+    evaluate.main(["run/best.pt", "--data", str(other), "--task", str(tmp_path / "georgia.csv"),
+                   "--fold", "all", "--json", "s.json"])
+    out, scores = capsys.readouterr().out, json.load(open("s.json"))
+    assert "classes left out: PVC of georgia.csv; noise of run/best.pt" in out
+    assert scores["n"] == N and list(scores["per_class"]) == ["AFIB", "fast"]
+    z = np.load("run/predictions-georgia-all.npz")
+    want = np.stack([by_hand(row["record"])[0, [1, 0]] for row in rows])
+    np.testing.assert_allclose(z["y_prob"], want, atol=2e-3)  # the cache is float16
+    assert z["y_true"].tolist() == [[int(row["AFIB"]), int(row["fast"])] for row in rows]
+
+
+def test_features_serve_another_classifier(trained):
+    """Embeddings of which scikit-learn learns what the set shows."""
+    from sklearn.linear_model import LogisticRegression
+    evaluate.main(["run/best.pt", "--fold", "all", "--features"])
+    z = np.load("run/predictions-all.npz")
+    checkpoint = torch.load("run/best.pt", weights_only=True)
+    state = checkpoint["state_dict"]
+    assert z["features"].shape == (N, state["dense.weight"].shape[1])
+    logits = z["features"] @ state["dense.weight"].numpy().T + state["dense.bias"].numpy()
+    np.testing.assert_allclose(1 / (1 + np.exp(-logits)), z["y_prob"], atol=1e-5)
+    x, fast = (z["features"] - z["features"].mean(0)) / z["features"].std(0), z["y_true"][:, 0]
+    classifier = LogisticRegression(max_iter=1000).fit(x[:20], fast[:20])
+    assert classifier.score(x[20:], fast[20:]) > 0.9
+
+
+# --------------------------------------------------------------------------------------- thresholds
+
+def test_thresholds_have_the_best_f1():
+    """Against every threshold, tried with scikit-learn; probabilities tie."""
+    from sklearn.metrics import f1_score
+    rng = np.random.default_rng(1)
+    y, prob = rng.random((60, 6)) < 0.2, rng.random((60, 6)).round(1)
+    prob[:, :3] = np.clip(prob[:, :3] + 0.3 * y[:, :3], 0, 1).round(1)
+    y[:, 5] = False
+    for c, found in enumerate(evaluate.best_thresholds(y, prob)[:5]):
+        best = max(f1_score(y[:, c], prob[:, c] >= t) for t in prob[:, c])
+        assert found in prob[:, c] and f1_score(y[:, c], prob[:, c] >= found) == best
+    assert np.isnan(evaluate.best_thresholds(y, prob)[5])
+
+
+def test_thresholds_come_from_fold_9(trained, capsys):
+    evaluate.main(["run/best.pt", "--fold", "9"])
+    z, checkpoint = np.load("run/predictions-9.npz"), torch.load("run/best.pt", weights_only=True)
+    thresholds = evaluate.best_thresholds(z["y_true"], z["y_prob"])
+    assert checkpoint["positives"] == z["y_true"].sum(0).tolist()
+    np.testing.assert_array_equal(checkpoint["thresholds"], thresholds)
+    capsys.readouterr()
+    evaluate.main(["run/best.pt", "--record", "ecg/r3"])
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    for i, name in enumerate(CLASSES):
+        known = np.isfinite(thresholds[i])
+        above = known and float(lines[name].split()[1]) >= thresholds[i]
+        assert ("above" in lines[name]) == above
+        assert ("few" in lines[name]) == known  # none has ten positives among four ECGs
+
+
+def test_a_long_record_is_averaged_over_its_windows(trained, capsys):
+    """35 s: three whole windows, the rest is left out."""
+    signal = np.where(np.arange(17500) < 5000, ecg(1, 17500, 500, RNG), RNG.normal(size=17500))
+    write_record("long", signal, NAMES)
+    evaluate.main(["run/best.pt", "--record", "long"])
+    lines = capsys.readouterr().out.splitlines()
+    found = {line.split()[0]: float(line.split()[1]) for line in lines[1:4]}
+    want = by_hand("long", 3)
+    assert lines[-1] == "mean of 3 windows of 10 s" and np.ptp(want, 0).max() > 1e-2
+    assert [found[name] for name in CLASSES] == pytest.approx(want.mean(0).tolist(), abs=6e-4)
+
+
+def test_many_records_make_one_table(trained, fails, capsys):
+    """A folder and a file of the CinC Challenges' kind; one that cannot be read is named."""
+    write_challenge_record("A0001", data.read_record("ecg/r2")[0])
+    evaluate.main(["run/best.pt", "--record", "ecg", "A0001.mat", "--out", "all.csv"])
+    assert f"all.csv: {N + 1} records, 3 classes" in capsys.readouterr().out
+    rows = rows_of("all.csv")
+    assert sorted(row["record"] for row in rows) == sorted(
+        ["A0001", *(f"ecg/r{i}" for i in range(N))])
+    thresholds = torch.load("run/best.pt", weights_only=True)["thresholds"]
+    for row in rows[::9]:
+        prob = [float(row[name]) for name in CLASSES]
+        np.testing.assert_allclose(prob, by_hand(row["record"])[0], atol=2e-3)
+        above = [name for name, p, t in zip(CLASSES, prob, thresholds) if p >= t]
+        assert row["above_threshold"].split(";") == (above or [""]) and row["windows"] == "1"
+    same = next(row for row in rows if row["record"] == "ecg/r2")
+    assert [float(same[c]) for c in CLASSES] == pytest.approx(
+        [float(rows[-1][c]) for c in CLASSES], abs=2e-3)
+    open("ecg/r5.dat", "wb").close()
+    fails(evaluate.main, ["run/best.pt", "--record", "ecg"], "ecg/r5", f"1 of {N}", "records.csv")
+    assert len(rows_of("run/records.csv")) == N - 1
+
+
+def write_challenge_record(name, signal):
+    """As the PhysioNet/CinC Challenges 2020 and 2021 do: MATLAB 4 after a header of 24 bytes."""
+    from scipy.io import savemat
+    counts = (1000 * signal).round().astype(np.int16)
+    savemat(f"{name}.mat", {"val": counts}, format="4")
+    lines = [f"{name} 12 257 {signal.shape[1]}"]
+    lines += [f"{name}.mat 16+24 1000/mV 16 0 {row[0]} 0 0 {lead}"
+              for row, lead in zip(counts, data.LEADS)]
+    with open(f"{name}.hea", "w") as f:
+        f.write("\n".join([*lines, "#Age: 74", "#Sex: Male", "#Dx: 426783006", ""]))

@@ -1,7 +1,6 @@
 """ECGFounder's network in plain PyTorch, with stochastic depth whose dropped branches cost
 nothing.
 
-    python model.py                        # the network: shapes, parameters, FLOPs
     python model.py --download             # fetch the official weights, hash checked
     python model.py --download --leads 1   # the one-lead release, of lead I
     python model.py --weights FILE         # verify a checkpoint: keys, hash, official logits
@@ -239,31 +238,6 @@ def ecgfounder(n_classes, in_channels=12, drop_path=0.0, drop_path_mode="constan
     return ECGFounder(n_classes, in_channels, levels, rates, dropout)
 
 
-def describe(model, samples=5000):
-    """One line per part of the network: name, output shape for one ECG, parameters, FLOPs (2 per
-    multiply-add)."""
-    from torch.utils.flop_counter import FlopCounterMode
-    parts = {"first_conv": model.first_conv, "dense": model.dense, "all": model}
-    parts |= {f"stage_list.{i}": level for i, level in enumerate(model.stage_list)}
-    shapes = {}
-    hooks = [part.register_forward_hook(
-                lambda module, x, out, name=name: shapes.update({name: tuple(out.shape[1:])}))
-             for name, part in parts.items()]
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model.eval()(torch.zeros(1, model.first_conv.conv.in_channels, samples))
-    for hook in hooks:
-        hook.remove()
-    flops, root = counter.get_flop_counts(), type(model).__name__
-    lines = [f"{'part':14} {'output':>14} {'parameters':>12} {'MFLOP':>8}"]
-    for name, shape in shapes.items():  # in the order of the computation
-        where = root if name == "all" else f"{root}.{name}"
-        size = sum(p.numel() for p in parts[name].parameters())
-        mflop = sum(flops[where].values()) / 1e6
-        lines.append(f"{name:14} {str(shape):>14} {size:>12,} {mflop:8.1f}")
-    return lines
-
-
 # ------------------------------------------------------------------------------------------ weights
 
 def read_checkpoint(path):
@@ -424,6 +398,8 @@ def main(argv=None):
                         help="of the release to fetch (default: 12)")
     parser.add_argument("--url", help="where to fetch it from (default: Hugging Face)")
     args = parser.parse_args(argv)
+    if not args.download and not args.weights:
+        parser.error("wanted --download or --weights FILE")
     path, digest = {12: (OFFICIAL, OFFICIAL_SHA256), 1: (OFFICIAL_ONE_LEAD, None)}[args.leads]
     try:
         if args.download:
@@ -431,8 +407,6 @@ def main(argv=None):
             print("\n".join(verify(path)))
         if args.weights:
             print("\n".join(verify(args.weights)))
-        if not args.download and not args.weights:
-            print("\n".join(describe(ecgfounder(n_classes=150))))
     except (WeightsError, OSError) as error:
         sys.stderr.write(f"model.py: {error}\n")
         sys.exit(2)

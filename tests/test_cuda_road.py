@@ -122,9 +122,10 @@ def test_inference(fake, monkeypatch):
 def test_a_run_takes_its_gpu(two_gpus, demo_set, tmp_path, monkeypatch, options, rank, index):
     """From the options to the training and to the test fold, which are left out here."""
     def predict_folds(path, folds, root, device):
-        seen.append(device)
-        y = np.eye(2)
-        return {"y_true": y, "y_prob": y, "patient_id": None, "classes": np.array(["a", "b"])}
+        seen.append((*folds, device))
+        y = np.eye(2, dtype=int)
+        return {"y_true": y, "y_prob": y, "patient_id": None,
+                "classes": np.array(["a", "b"])}, None
 
     seen, device = [], torch.device("cuda", index)
     if rank:
@@ -135,11 +136,13 @@ def test_a_run_takes_its_gpu(two_gpus, demo_set, tmp_path, monkeypatch, options,
     monkeypatch.setattr(post_train.dist, "init_process_group", seen.append)
     monkeypatch.setattr(post_train, "train", lambda args, *where: seen.extend([args.amp, *where]))
     monkeypatch.setattr(evaluate, "predict_folds", predict_folds)
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: {})
     post_train.post_train(post_train.parse([
         "--task", "rhythm12", "--weights", "none", "--data", str(demo_set),
         "--out", str(tmp_path / "run"), *options]))
     assert two_gpus == [device]
-    assert seen == (["nccl", "fp16", device, 1, 2] if rank else ["fp16", device, 0, 1, device])
+    alone = ["fp16", device, 0, 1, (9, device), (10, device)]
+    assert seen == (["nccl", "fp16", device, 1, 2] if rank else alone)
 
 
 def test_a_gpu_that_is_not_there(two_gpus):

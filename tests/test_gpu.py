@@ -53,7 +53,7 @@ def test_killed_and_resumed_goes_on(demo_set, tmp_path, monkeypatch):
     def killed_after_three(run):
         write_history(run)
         if len(run.history) == 3:
-            post_train.stop(2, None)
+            raise KeyboardInterrupt
 
     train(demo_set, whole)
     with monkeypatch.context() as m, pytest.raises(SystemExit):
@@ -69,7 +69,7 @@ def test_killed_and_resumed_goes_on(demo_set, tmp_path, monkeypatch):
 def test_resident_and_pinned_batches_are_the_same(demo_set, monkeypatch):
     device = torch.device("cuda", 0)
     labels, signals = data.load_records(demo_set, "all71")
-    split = post_train.Split(signals, rows[5:40], torch.zeros(35, 1))
+    split = post_train.Split(signals, labels.row[5:40], torch.zeros(35, 1))
     resident, there, _ = post_train.on_device(split, device)
     assert isinstance(resident, torch.Tensor) and resident.is_cuda
     assert resident.dtype == torch.float16 and resident.shape == (35, 12, 5000)

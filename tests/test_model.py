@@ -175,7 +175,7 @@ def test_every_convolution_is_right_in_bf16(training):
     """Some CPUs' bf16 kernels are wrong for some convolutions that pad by themselves
     (pytorch/pytorch#169688)."""
     torch.manual_seed(0)
-    model, x = network.ecgfounder(5).train(training), torch.randn(3, 12, 5000)
+    model, x = network.ecgfounder(5).train(training), torch.randn(1, 12, 512)
     shapes = {}
 
     def note(module, inputs, output):
@@ -193,7 +193,7 @@ def test_every_convolution_is_right_in_bf16(training):
             assert bf16_error(module, x) < 0.02, module
             if training:
                 assert bf16_error(lambda x: weight_gradient(module, x), x) < 0.02, module
-        x = torch.randn(3, 12, 5000)
+        x = torch.randn(1, 12, 512)
         assert bf16_error(model.forward_features, x) < 0.02
         assert bf16_error(model, x) < 0.02
 
@@ -334,11 +334,11 @@ def test_expectation_is_the_plain_branch():
     block = network.Block(16, 16, 1, 0.5, True).train()
     x = torch.randn(6, 16, 40)
     with torch.no_grad():
-        mean = torch.stack([block(x) for _ in range(1000)]).mean(0) - block.shortcut(x)
+        mean = torch.stack([block(x) for _ in range(300)]).mean(0) - block.shortcut(x)
         branch = block.branch(x)
     # Half of the time a sample keeps its branch, at scale 2: the mean's standard error is
-    # |branch| / sqrt(1000).
-    assert ((mean - branch).abs() <= 5 * branch.abs() / 1000**0.5 + 1e-6).all()
+    # |branch| / sqrt(300).
+    assert ((mean - branch).abs() <= 5 * branch.abs() / 300**0.5 + 1e-6).all()
 
 
 def test_blocks_draw_independently_and_anew():
@@ -381,8 +381,9 @@ def test_in_eval_and_at_zero_it_is_the_plain_network_bit_for_bit(founder):
 def test_official_file_loads_without_its_head_and_ours_loads_back(official, founder):
     model = network.ecgfounder(44)
     head = model.dense.weight.clone()
-    checkpoint = network.load_pretrained(model, official)
-    assert torch.equal(model.dense.weight, head) and checkpoint["val_auroc"] == 0.9
+    network.load_pretrained(model, official)
+    assert torch.equal(model.dense.weight, head)
+    assert network.read_checkpoint(official)["val_auroc"] == 0.9
     for key, value in model.state_dict().items():
         if not key.startswith("dense."):
             assert torch.equal(value, founder.state_dict()[key]), key
@@ -455,14 +456,6 @@ def test_head_wants_the_class_count(official):
 
 
 # ----------------------------------------------------------------------------------------- the tool
-
-def test_table_of_levels(capsys):
-    network.main([])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 11 and lines[-1].split()[2] == "30,752,646"
-    assert abs(float(lines[-1].split()[-1]) - 2340) < 5  # MFLOP for one ECG
-    assert "(1024, 20)" in lines[-3]
-
 
 def test_verify_a_file_that_is_not_the_release(official, capsys):
     network.main(["--weights", str(official)])

@@ -1,4 +1,4 @@
-"""Sets of one's own: tables, fewer leads, other sets' records, thresholds, long records, features."""
+"""Sets of one's own: tables, fewer leads, other sets, thresholds, long records, features."""
 import csv
 import json
 import shutil

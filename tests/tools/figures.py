@@ -5,10 +5,9 @@ after the other.
     python tests/tools/figures.py --group 3 --points points.png runs/{baseline,both}-{0.1,1}-{0,1,2}
     python tests/tools/figures.py --method method.png
 
-Scores are of best.pt on fold 10 (predictions.npz, which evaluate.py writes); where every run has a
-last.npz, table and differences score that too. Table: mean and standard deviation of the seeds; the
-gain over the first setting, with a star where the paired 95 % interval leaves out 0. Differences:
-of the seeds' mean scores. Curves and points draw the mean of the seeds within their range.
+Scores are of best.pt on fold 10 (predictions.npz, which evaluate.py writes). Table: mean and
+standard deviation of the seeds; the gain over the first setting, with a star where the paired 95 %
+interval leaves out 0. Differences: of the seeds' mean scores. Points: their mean and range.
 """
 import argparse
 import functools
@@ -26,8 +25,6 @@ import evaluate
 import model as network
 from data import InputError
 
-PANELS = {"train_loss": "training loss", "val_loss": "validation loss",
-          "macro_auroc": "validation macro AUROC", "macro_auprc": "validation macro AUPRC"}
 INK, GREY, BLUE, ORANGE = "#333333", "#b9bec6", "#4c8fc4", "#e08a2e"
 load_labels = functools.cache(data.load_labels)
 
@@ -71,19 +68,18 @@ def final_scores(run):
 
 
 @functools.cache
-def scores_of(settings, name):
-    """The predictions `name` of all runs -> (their classes, (L,) positives, [[evaluate.Scores of
-    each seed] of each setting], [the mean Scores of each setting])."""
+def scores_of(settings):
+    """The predictions of all runs -> (their classes, (L,) positives, [[evaluate.Scores of each
+    seed] of each setting], [the mean Scores of each setting])."""
     runs = [run for _, group in settings for run in group]
-    paths = [f"{run}/{name}" for run in runs]
-    m = evaluate.matched(paths, [evaluate.load_predictions(path) for path in paths])
+    paths = [f"{run}/predictions.npz" for run in runs]
+    m, _ = evaluate.matched(paths, [evaluate.load_predictions(path) for path in paths])
     scores = [evaluate.score(m["y_true"], prob, m["patient_id"]) for prob in m["y_prob"]]
-    if name == "predictions.npz":
-        for run, s in zip(runs, scores):
-            found = [len(m["y_true"]), *evaluate.macro(s.point)]
-            if not np.allclose(found, final_scores(run), rtol=0, atol=1e-3):
-                raise InputError(f"{run}/{name}: its scores are not those of test.json; `python "
-                                 f"evaluate.py {run}/best.pt` predicts fold 10 again")
+    for run, s in zip(runs, scores):
+        found = [len(m["y_true"]), *evaluate.macro(s.point)]
+        if not np.allclose(found, final_scores(run), rtol=0, atol=1e-3):
+            raise InputError(f"{run}/predictions.npz: its scores are not those of test.json; "
+                             f"`python evaluate.py {run}/best.pt` predicts fold 10 again")
     size = len(settings[0][1])
     seeds = [scores[i:i + size] for i in range(0, len(scores), size)]
     means = [evaluate.Scores(*(np.mean(parts, axis=0) for parts in zip(*group)))
@@ -91,9 +87,9 @@ def scores_of(settings, name):
     return m["classes"], m["y_true"].sum(0), seeds, means
 
 
-def pairs_of(settings, name):
+def pairs_of(settings):
     """Paired differences of the settings' mean scores, those to the first setting first."""
-    classes, _, _, means = scores_of(settings, name)
+    classes, _, _, means = scores_of(settings)
     return [{"a": settings[i][0], "b": settings[j][0],
              **evaluate.difference(means[i], means[j], classes)}
             for i, j in combinations(range(len(settings)), 2)]
@@ -116,20 +112,14 @@ def gain_cell(pair):
     return " / ".join(cells)
 
 
-def table(settings, files):
+def table(settings):
     """The settings' scores as lines of a Markdown table."""
-    heads, cells = [], [[] for _ in settings]
-    for name in files:
-        suffix = "" if name == "predictions.npz" else f", {Path(name).stem}"
-        heads += [head + suffix for head in ("AUROC", "AUPRC", "gain, %")]
-        gains = ["", *map(gain_cell, pairs_of(settings, name))]
-        for row, scores, gain in zip(cells, scores_of(settings, name)[2], gains):
-            row += [*score_cells(scores), gain]
-    rows = [["run", *heads, "seeds", "seconds"], ["---"] * (len(heads) + 3)]
-    for (name, runs), row in zip(settings, cells):
+    rows = [["run", "AUROC", "AUPRC", "gain, %", "seeds", "seconds"], ["---"] * 6]
+    gains = ["", *map(gain_cell, pairs_of(settings))]
+    for (name, runs), scores, gain in zip(settings, scores_of(settings)[2], gains):
         seconds = np.mean([sum(line["seconds"] for line in read(run, "metrics.jsonl"))
                            for run in runs])
-        rows.append([name, *row, str(len(runs)), f"{seconds:,.0f}"])
+        rows.append([name, *score_cells(scores), gain, str(len(runs)), f"{seconds:,.0f}"])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
@@ -149,29 +139,9 @@ def draw_band(axis, x, values, name, **style):
     axis.grid(alpha=0.3)
 
 
-def draw_curves(path, settings):
-    """Fine-tuning epoch by epoch; settings without it are left out."""
-    figure, axes = new_figure(2, 2, figsize=(9, 6), sharex=True)
-    for name, runs in settings:
-        seeds = [[line for line in read(run, "metrics.jsonl") if line["stage"] == "finetune"]
-                 for run in runs]
-        if len(set(map(len, seeds))) > 1:
-            raise InputError(f"{', '.join(runs)}: have {list(map(len, seeds))} epochs of "
-                             "fine-tuning; wanted the same number for the seeds of one setting")
-        for axis, key in zip(axes.flat, PANELS):
-            values = np.array([[line[key] for line in seed] for seed in seeds], float).T
-            if len(values):
-                draw_band(axis, range(1, len(values) + 1), values, name)
-    for axis, label in zip(axes.flat, PANELS.values()):
-        axis.set(ylabel=label)
-    figure.supxlabel("epoch of fine-tuning", fontsize="medium")
-    axes[0, 0].legend(frameon=False, fontsize="small")
-    evaluate.save_picture(figure, path, dpi=110)
-
-
 def draw_classes(path, settings):
     """Every defined class's AUROC and AUPRC with 95 % intervals, of each setting."""
-    classes, positives, _, means = scores_of(settings, "predictions.npz")
+    classes, positives, _, means = scores_of(settings)
     count = len(means)
     order = np.argsort(np.mean([s.point[0] for s in means], axis=0), kind="stable")
     order = [i for i in order if not np.isnan(means[0].point[0, i])]
@@ -282,26 +252,25 @@ def draw_method(path):
 
 def run(args):
     """Draw what the arguments ask for -> lines to print."""
-    for picture in filter(None, (args.curves, args.classes, args.points, args.method)):
-        evaluate.check_picture(picture)
-    of_runs = args.table or args.differences or args.curves or args.classes or args.points
+    for path in filter(None, (args.classes, args.points, args.method)):
+        if Path(path).suffix not in evaluate.PICTURES:
+            raise InputError(f"{path}: no picture can be written under this name; wanted "
+                             f"{' or '.join(evaluate.PICTURES)}")
+    of_runs = args.table or args.differences or args.classes or args.points
     if bool(args.runs) != bool(of_runs) or not (of_runs or args.method):
-        raise InputError("wanted RUN and --table, --differences, --curves, --classes or --points; "
-                         "or --method alone")
+        raise InputError("wanted RUN and --table, --differences, --classes or --points; or "
+                         "--method alone")
+    settings, lines = settings_of(args.runs, args.group), []
     if args.method:
         draw_method(args.method)
-    settings, lines, files = settings_of(args.runs, args.group), [], ["predictions.npz"]
-    if all(Path(run, "last.npz").exists() for run in args.runs):
-        files.append("last.npz")
     if args.table:
-        lines += table(settings, files)
+        lines += table(settings)
     if args.differences:
-        for name in files:
-            lines += [f"{name}:", *evaluate.difference_lines(pairs_of(settings, name))]
-    for path, draw in ((args.curves, draw_curves), (args.classes, draw_classes),
-                       (args.points, draw_points)):
-        if path:
-            draw(path, settings)
+        lines += evaluate.difference_lines(pairs_of(settings))
+    if args.classes:
+        draw_classes(args.classes, settings)
+    if args.points:
+        draw_points(args.points, settings)
     return lines
 
 
@@ -312,7 +281,6 @@ def main(argv=None):
     add("--group", type=int, default=1, metavar="K", help="seeds of each setting (default: 1)")
     add("--table", action="store_true", help="print the settings' scores as a Markdown table")
     add("--differences", action="store_true", help="print the settings' paired differences")
-    add("--curves", metavar="FILE.png", help="draw the epochs of fine-tuning")
     add("--classes", metavar="FILE.png", help="draw each class's scores")
     add("--points", metavar="FILE.png", help="draw the scores over the number of training ECGs")
     add("--method", metavar="FILE.png", help="draw the method; takes no runs")

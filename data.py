@@ -27,6 +27,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -484,22 +485,17 @@ def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
     return cache
 
 
-class Records(torch.utils.data.Dataset):
-    """Each item: (row, float16 (leads, 5000), None) or (row, None, why it cannot be read)."""
-
-    def __init__(self, root, plan, rows):
-        self.root, self.plan, self.rows = root, plan, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        row, plan = self.rows[i], self.plan
-        path = Path(self.root, plan["records"][row])
+def read_rows(root, plan, rows):
+    """[(row, its signal, why it cannot be read)]; one of the last two is None."""
+    results = []
+    for row in rows:
+        path, signal, why = Path(root, plan["records"][row]), None, None
         try:
-            return row, load_windows(path, plan["preprocessing"], plan["leads"], 1)[0], None
+            signal = load_windows(path, plan["preprocessing"], plan["leads"], 1)[0]
         except InputError as error:
-            return row, None, str(error)
+            why = str(error)
+        results.append((row, signal, why))
+    return results
 
 
 def fill(cache, plan, root, workers):
@@ -511,7 +507,7 @@ def fill(cache, plan, root, workers):
     marks = np.lib.format.open_memmap(cache.marks, "r+")
     todo = np.flatnonzero(~marks).tolist()
     processes = min(workers, math.ceil(len(todo) / CHUNK))
-    loader = torch.utils.data.DataLoader(Records(root, plan, todo), CHUNK, collate_fn=list,
+    loader = torch.utils.data.DataLoader(todo, CHUNK, collate_fn=partial(read_rows, root, plan),
                                          num_workers=processes if processes > 1 else 0)
     start, size = np.load(cache.part, mmap_mode="r").offset, 2 * math.prod(plan["shape"][1:])
     bar = tqdm(None, cache.array.stem, len(marks), initial=len(marks) - len(todo), unit="record",

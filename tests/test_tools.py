@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import data
 import evaluate
+import experiment
 import figures
 import make_subset
 import model as network
@@ -183,6 +185,40 @@ def test_what_cannot_be_drawn(runs, fails, spoil, options, words):
     fails(figures.main, ["--group", "2", *options.split(), *runs[0]], *words)
 
 
+def test_experiment(tmp_path, monkeypatch, capsys):
+    """Each row trains what it is named after; what is done is left out; a failure ends it."""
+    calls, statuses = [], []
+
+    def run(words):
+        calls.append(words)
+        return SimpleNamespace(returncode=statuses.pop() if statuses else 0)
+
+    monkeypatch.setattr(experiment.subprocess, "run", run)
+    argv = ["--data", "d", "--weights", "none", "--fracs", "1", "0.1", "--seeds", "3", "4",
+            "--out", str(tmp_path), "--rows"]
+    experiment.main([*argv, *experiment.ROWS, "--", "--amp", "bf16"])
+    trained = [post_train.parse(words[2:]) for words in calls[::2]]
+    assert len(trained) == 2 * 2 * len(experiment.ROWS)
+    for args, predict in zip(trained, calls[1::2]):
+        post_train.check(args)
+        row, frac, seed = Path(args.out).name.rsplit("-", 2)
+        assert predict[2] == f"{args.out}/best.pt" and args.amp == "bf16" and args.resume
+        assert (args.frac, args.seed, args.strategy == "baseline") == (
+            float(frac), int(seed), row == "baseline")
+        assert args.epochs == (0 if "probe" in row else {1: 15, 0.1: 30}[args.frac])
+        assert bool(args.probe_epochs) == (row not in ("baseline", "drop-path", "schedule"))
+        assert (args.drop_path > 0) == (row not in ("baseline", "preview", "schedule"))
+    (tmp_path / "post-1-3").mkdir()
+    (tmp_path / "post-1-3" / "predictions.npz").touch()
+    calls.clear()
+    experiment.main([*argv, "post", "--dry-run"])
+    assert not calls and len(capsys.readouterr().out.splitlines()) == 3
+    statuses[:] = [1]
+    with pytest.raises(SystemExit, match="post-0.1-3 has failed"):
+        experiment.main([*argv, "post"])
+    assert len(calls) == 1
+
+
 def python_block(word):
     return next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if word in b)
 
@@ -217,7 +253,8 @@ def test_the_readmes_training_commands_are_understood(tmp_path, monkeypatch):
     """With its variables, and with the options of its tables' rows."""
     values = {"T": "all71", "F": "0.1", **dict(re.findall(r'^(\w)="(.*)"$', README, re.M))}
     commands = re.findall(r"python post_train\.py ([^`\n#&;|]*)", README)
-    commands += [f"$R {row}" for row in re.findall(r"^\|.*\| `(--[^`]*)` \|", README, re.M)]
+    rows = re.findall(r"^\|[^|]*\| (`--.*) \|$", README, re.M)
+    commands += [f"$R {options}" for row in rows for options in re.findall(r"`(--[^`]*)`", row)]
     monkeypatch.chdir(tmp_path)
     commands = [c for c in commands if "--task" in c or "$R" in c]
     assert len(commands) >= 10
@@ -230,7 +267,7 @@ def test_the_readmes_other_commands_name_what_is_there(monkeypatch, capsys):
     asked = {}
     for script, options in re.findall(r"python ([\w/]+\.py)([^`\n#&|;]*)", README):
         asked.setdefault(script, set()).update(re.findall(r"(?<!\S)--[a-z-]+", options))
-    tools = ("figures", "make_subset", "make_demo", "benchmark")
+    tools = ("figures", "make_subset", "make_demo", "benchmark", "experiment")
     assert {f"tests/tools/{name}.py" for name in tools} <= set(asked)
     assert {"data.py", "model.py", "evaluate.py"} <= set(asked)
     for script, options in asked.items():

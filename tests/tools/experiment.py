@@ -1,0 +1,69 @@
+"""Train the rows of RESULTS.md, one run after the other, each with its seeds and fractions; what is
+done is left out, what was interrupted goes on.
+
+    python tests/tools/experiment.py --data target --weights pretrained.pt --seeds 0 1 2
+    python tests/tools/experiment.py --data ptbxl --rows probe baseline post --fracs 0.1 1 --dry-run
+
+The run of a row is <out>/<row>-<frac>-<seed>, with the predictions of fold 10 for figures.py.
+--dry-run prints the commands that are left. Options after -- go to every post_train.py.
+"""
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ROWS = {            # what each gives post_train.py, in the order in which they decide most
+    "probe": "--epochs 0",
+    "baseline": "--strategy baseline",
+    "post": "",
+    "preview": "--drop-path 0",
+    "drop-path": "--probe-epochs 0",
+    "schedule": "--probe-epochs 0 --drop-path 0 --dropout 0",
+    "random-probe": "--epochs 0 --weights none",
+    "community": "--probe-lr 5e-3 --batch-size 256 --no-interpolate",
+}
+EPOCHS = {0.1: 30, 0.3: 20, 1.0: 15}    # of fine-tuning, by the fraction
+
+
+def command(args, row, frac, seed):
+    """The command of one run, as words; of an option that stands twice the last counts."""
+    out, epochs = folder(args, row, frac, seed), EPOCHS.get(frac, 30)
+    options = (f"--frac {frac:g} --seed {seed} --epochs {epochs} --batch-size 32 --resume "
+               f"{ROWS[row]}")
+    return [sys.executable, str(ROOT / "post_train.py"), "--task", args.task, "--data", args.data,
+            "--weights", args.weights, "--out", str(out), *args.options, *options.split()]
+
+
+def folder(args, row, frac, seed):
+    return Path(args.out, f"{row}-{frac:g}-{seed}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("--data", required=True, help="the folder of the set")
+    add("--task", default="all71")
+    add("--weights", default="checkpoints/12_lead_ECGFounder.pth", help="where all rows start")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    add("--fracs", nargs="+", type=float, default=[1.0, 0.1, 0.3])
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--out", default="runs")
+    add("--dry-run", action="store_true")
+    add("options", nargs="*", help="after --: for every post_train.py")
+    args = parser.parse_args(argv)
+    runs = [(row, frac, seed) for seed in args.seeds for frac in args.fracs for row in args.rows]
+    for i, run in enumerate(runs, 1):
+        out, words = folder(args, *run), command(args, *run)
+        if (out / "predictions.npz").exists():
+            continue
+        print(f"{i}/{len(runs)}  {shlex.join(words[1:])}", flush=True)
+        if not args.dry_run:
+            predict = [sys.executable, str(ROOT / "evaluate.py"), str(out / "best.pt")]
+            if subprocess.run(words).returncode or subprocess.run(predict).returncode:
+                sys.exit(f"experiment.py: {out} has failed; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()

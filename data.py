@@ -154,13 +154,9 @@ def identifiers(rows, column):
     """A column of names or numbers -> (N,) int64 where all are whole numbers, else str. Each empty
     cell gets a negative number of its own."""
     cells = [row[column].strip() or str(-1 - i) for i, row in enumerate(rows)]
-    try:
-        numbers = [float(cell) for cell in cells]
-        if all(n == int(n) and abs(n) < 2**53 for n in numbers):
-            return np.array(numbers).astype(np.int64)
-    except (ValueError, OverflowError):
-        pass
-    return np.array(cells, str)
+    if all(re.fullmatch(r"-?(0|[1-9]\d{0,14})(\.0)?", cell) for cell in cells):
+        return np.array([int(float(cell)) for cell in cells])
+    return np.array(cells)
 
 
 # ------------------------------------------------------------------------------------------- labels

@@ -506,11 +506,11 @@ def check_precision(model, split, device, amp):
     in low precision. Done right, bf16 differs by less than 1 %."""
     exact, coarse = (evaluate.infer(model.forward_features, split.array, split.rows[:4], device,
                                     amp=dtype) for dtype in (None, amp))
-    error = np.linalg.norm(coarse - exact) / np.linalg.norm(exact)
-    if not error <= 0.1:
+    error, size = np.linalg.norm(coarse - exact), np.linalg.norm(exact)
+    if not error <= 0.1 * size:
         raise InputError(f"this machine computes the network wrongly in {amp}: features are off by "
-                         f"{100 * error:.0f} % from float32's; give --amp off, and another --out "
-                         "if there is a last.pt")
+                         f"{100 * error / size:.0f} % from float32's; give --amp off, and another "
+                         "--out if there is a last.pt")
 
 
 def check_same_run(args, last, described):

@@ -1,6 +1,5 @@
 """The network against the published figures and an independent plain version; stochastic depth;
 checkpoints."""
-import copy
 import os
 import shutil
 import subprocess
@@ -239,36 +238,13 @@ def test_pooling_keeps_a_nan_and_the_maximum(place):
 
 # ------------------------------------------------------------------------------ in others' projects
 
-@pytest.fixture(scope="module")
-def small():
-    torch.manual_seed(0)
-    return network.ecgfounder(5, drop_path=0.5, dropout=0.05).eval(), torch.randn(3, 12, 320)
-
-
-BATCH = {0: torch.export.Dim("batch")}
-
-
-def test_export(small):
-    model, x = small
-    program = torch.export.export(model, (x,), dynamic_shapes=(BATCH,))
+def test_export():
+    """As deployments to other runtimes begin, with batches of any size."""
+    model, x = network.ecgfounder(5, drop_path=0.5).eval(), torch.randn(3, 12, 320)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     for n in (1, 3, 7):
         more = torch.randn(n, 12, 320)
         torch.testing.assert_close(program.module()(more), model(more))
-
-
-def test_onnx(small, tmp_path):
-    for name in ("onnx", "onnxscript"):
-        pytest.importorskip(name)
-    runtime = pytest.importorskip("onnxruntime")
-    model, x = small
-    path = str(tmp_path / "model.onnx")
-    torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=(BATCH,),
-                      input_names=["signals"])
-    session = runtime.InferenceSession(path)
-    for n in (1, 7):
-        more = torch.randn(n, 12, 320)
-        logits = session.run(None, {"signals": more.numpy()})[0]
-        np.testing.assert_allclose(logits, model(more).detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_gradients_of_each_sample():
@@ -287,12 +263,6 @@ def test_gradients_of_each_sample():
         alone = torch.autograd.grad(loss_alone, list(model.parameters()))
         for (name, got), want in zip(together.items(), alone):
             assert (got[i] - want).norm() <= 1e-4 * want.norm() + 1e-8, name
-
-
-def test_deepcopy(small):
-    model, x = small
-    again = copy.deepcopy(model)
-    assert torch.equal(again(x), model(x)) and again.dense.weight is not model.dense.weight
 
 
 # --------------------------------------------------------------------------------- stochastic depth

@@ -114,6 +114,8 @@ def read_table(root, task):
     ecg_id = identifiers(rows, "ecg_id" if "ecg_id" in rows[0] else record)
     table = Table(path, rows, ecg_id, [row[record] for row in rows])
     for i, name in enumerate(table.records):
+        if "ecg_id" in rows[i] and not cell_of(rows[i], "ecg_id"):
+            raise table.bad_cell(i, "ecg_id", "an id for each record")
         if not name or os.path.isabs(name) or ".." in Path(name).parts:
             raise table.bad_cell(i, record, f"a path inside {root}")
     for what, values in (("ecg_id", table.ecg_id.tolist()), ("record", table.records)):
@@ -153,10 +155,15 @@ def read_csv(path, columns):
 def identifiers(rows, column):
     """A column of names or numbers -> (N,) int64 where all are whole numbers, else str. Each empty
     cell gets a negative number of its own."""
-    cells = [row[column].strip() or str(-1 - i) for i, row in enumerate(rows)]
-    if all(re.fullmatch(r"-?(0|[1-9]\d{0,14})(\.0)?", cell) for cell in cells):
-        return np.array([int(float(cell)) for cell in cells])
+    cells = [cell_of(row, column) or str(-1 - i) for i, row in enumerate(rows)]
+    if all(re.fullmatch(r"-?(0|[1-9]\d{0,14})", cell) for cell in cells):
+        return np.array(list(map(int, cells)))
     return np.array(cells)
+
+
+def cell_of(row, column):
+    """A cell without spaces around it, and as pandas writes whole numbers, without their ".0"."""
+    return row[column].strip().removesuffix(".0")
 
 
 # ------------------------------------------------------------------------------------------- labels
@@ -231,9 +238,9 @@ def read_codes(table, i):
 def read_folds(table, column):
     folds = {str(k): k for k in range(1, 11)}
     for i, row in enumerate(table.rows):
-        if row[column].strip().removesuffix(".0") not in folds:
+        if cell_of(row, column) not in folds:
             raise table.bad_cell(i, column, "a fold, 1 to 10")
-    return np.array([folds[row[column].strip().removesuffix(".0")] for row in table.rows])
+    return np.array([folds[cell_of(row, column)] for row in table.rows])
 
 
 def read_own_labels(table):
@@ -245,18 +252,17 @@ def read_own_labels(table):
     y, values = np.empty((len(table.rows), len(classes)), np.uint8), {"0": 0, "1": 1}
     for i, row in enumerate(table.rows):
         for c, name in enumerate(classes):
-            cell = row[name].strip().removesuffix(".0")
-            if cell not in values:
+            if cell_of(row, name) not in values:
                 raise table.bad_cell(i, name, "0 or 1")
-            y[i, c] = values[cell]
-    patients = -1 - np.arange(len(y))
+            y[i, c] = values[cell_of(row, name)]
+    patients, people = -1 - np.arange(len(y)), table.records
     if "patient_id" in columns:
         patients = identifiers(table.rows, "patient_id")
+        people = [cell_of(row, "patient_id") or row["record"] for row in table.rows]
     if "fold" in columns:
         folds = read_folds(table, "fold")
     else:  # by a hash, so that a patient is in the same fold in every table and on every machine
-        people = patients if "patient_id" in columns else table.records
-        folds = np.array([1 + zlib.crc32(str(name).encode()) % 10 for name in people])
+        folds = np.array([1 + zlib.crc32(name.encode()) % 10 for name in people])
     return Labels(table.ecg_id, patients, folds, y, np.arange(len(y)), classes)
 
 
@@ -334,8 +340,8 @@ def preprocess(signal, fs, how="filter"):
     if x.ndim != 2 or not x.size or not 0 < fs < np.inf:
         raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (leads, n) at a positive "
                          "rate")
-    # 10 s, and one more for the filter that resamples
-    x = x[:, :math.ceil(11 * min(fs, MAX_FS))].astype(np.float64)
+    seconds = 10 if fs == FS else 11    # one more for the filter that resamples
+    x = x[:, :math.ceil(seconds * min(fs, MAX_FS))].astype(np.float64)
     if not np.abs(x[~np.isnan(x)]).max(initial=0) <= MAX_MILLIVOLTS:
         raise InputError(f"a signal with infinite samples, or some beyond {MAX_MILLIVOLTS:g} mV; "
                          "wanted an ECG in millivolts")
@@ -452,7 +458,8 @@ def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
 
     Up to date, it returns at once. Killed and started again, it goes on from what is done, with
     the same bytes at the end. Unreadable records are listed and the rest is done; then InputError
-    is raised, unless `skip_unreadable` accepts a cache without them.
+    is raised, unless `skip_unreadable` accepts a cache without them; each build that does not tries
+    them again. Records that change later under their names are not noticed: remove the folder.
     """
     cache, plan = find_cache(root, task, how, leads)
     found, folder = cache.open(tuple(plan["shape"])), cache.array.parent
@@ -464,10 +471,9 @@ def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
         raise InputError(f"{folder}: {error.strerror.lower()}; the cache is kept there, remove "
                          "what is in its way, or copy the data to a folder that can be written "
                          "to") from None
-    with locked(folder, [f"{cache.array.stem}.*"]):  # a second build waits here
-        if cache.array.exists():    # made without the records that could not be read
-            os.replace(cache.array, cache.part)
-        unreadable = fill(cache, plan, root, workers or os.cpu_count())
+    with locked(folder, [f"{cache.array.stem}.*"]):  # a second build waits here, for the first's
+        array = cache.array if cache.open(tuple(plan["shape"])) else cache.part
+        unreadable = fill(cache, array, plan, root, workers or os.cpu_count())
         if unreadable:
             write_atomically(cache.unreadable, lambda path: write_listing(path, unreadable))
             if not skip_unreadable:
@@ -477,7 +483,7 @@ def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
                                  "--skip-unreadable")
         else:
             cache.unreadable.unlink(missing_ok=True)
-        os.replace(cache.part, cache.array)
+        os.replace(array, cache.array)
     return cache
 
 
@@ -494,23 +500,24 @@ def read_rows(root, plan, rows):
     return results
 
 
-def fill(cache, plan, root, workers):
-    """Write the rows that are not marked; returns [(ecg_id, record, why it cannot be read)]."""
+def fill(cache, array, plan, root, workers):
+    """Write the rows of the file `array` that are not marked; returns [(ecg_id, record, why it
+    cannot be read)]."""
     import scipy.ndimage, scipy.signal, wfdb  # noqa: E401,F401  once, not in every worker
     from tqdm import tqdm
-    if cache.open(tuple(plan["shape"]), cache.part) is None:
+    if cache.open(tuple(plan["shape"]), array) is None:
         begin_cache(cache, plan)
     marks = np.lib.format.open_memmap(cache.marks, "r+")
     todo = np.flatnonzero(~marks).tolist()
     processes = min(workers, math.ceil(len(todo) / CHUNK))
     loader = torch.utils.data.DataLoader(todo, CHUNK, collate_fn=partial(read_rows, root, plan),
                                          num_workers=processes if processes > 1 else 0)
-    start, size = np.load(cache.part, mmap_mode="r").offset, 2 * math.prod(plan["shape"][1:])
+    start, size = np.load(array, mmap_mode="r").offset, 2 * math.prod(plan["shape"][1:])
     bar = tqdm(None, cache.array.stem, len(marks), initial=len(marks) - len(todo), unit="record",
                disable=None)
     unreadable = []
-    with bar, open(cache.part, "r+b") as f, killed_workers_named():
-        for chunk in loader:
+    with bar, open(array, "r+b") as f:
+        for chunk in chunks_of(loader):
             for row, signal, why in chunk:
                 if why:
                     unreadable.append((plan["ecg_ids"][row], plan["records"][row], why))
@@ -525,10 +532,9 @@ def fill(cache, plan, root, workers):
     return unreadable
 
 
-@contextmanager
-def killed_workers_named():
+def chunks_of(loader):
     try:
-        yield
+        yield from loader
     except RuntimeError as error:  # the loader's word for it
         raise InputError(f"a worker was killed, perhaps because memory ran out ({error}); run the "
                          "same command again, it goes on from what is done (fewer --workers need "
@@ -756,8 +762,8 @@ def main(argv=None):
         sys.stderr.write(f"data.py: {line_of(error)}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("data.py: interrupted; run the same command again, it goes on from what "
-                         "is done\n")
+        sys.stderr.write("data.py: interrupted; run the same command again, the cache goes on from "
+                         "what is done\n")
         sys.exit(130)
 
 

@@ -346,7 +346,8 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     model = load_model(checkpoint, path, device)
     root, task = root or checkpoint["data"], task or checkpoint["task"]
     made = task, checkpoint["preprocessing"], checkpoint["leads"]
-    skip = skip_unreadable or checkpoint["args"].get("skip_unreadable", False)
+    same_set = root == checkpoint["data"] and task == checkpoint["task"]
+    skip = skip_unreadable or same_set and checkpoint["args"].get("skip_unreadable", False)
     data.build_cache(root, *made, skip_unreadable=skip)
     labels, signals = data.load_records(root, *made)
     labels = labels.take(np.isin(labels.fold, folds))
@@ -515,12 +516,14 @@ def thresholds_of(checkpoint):
 def record_lines(checkpoint, prediction, top=5):
     """The most probable classes and all that reach their threshold, as lines to print."""
     thresholds, positives = thresholds_of(checkpoint)
-    prob, lines = prediction.prob, ["class    probability  threshold"]
+    prob, width = prediction.prob, max(map(len, [*checkpoint["classes"], "class"]))
+    lines = [f"{'class':{width}}  probability  threshold"]
     for rank, i in enumerate(np.argsort(-prob, kind="stable")):
         above = prob[i] >= thresholds[i]
         if rank >= top and not above:
             continue
-        line = f"{checkpoint['classes'][i]:8} {prob[i]:11.4f}  {digits(plain(thresholds[i])):>9}"
+        limit = digits(plain(thresholds[i]))
+        line = f"{checkpoint['classes'][i]:{width}}  {prob[i]:11.4f}  {limit:>9}"
         if above:
             line += "  above"
         if positives[i] < FEW and not np.isnan(thresholds[i]):
@@ -570,7 +573,8 @@ def save_picture(figure, path, dpi):
 def output_of(args, path):
     """Where the predictions of a checkpoint go."""
     parts = [] if Path(path).stem == "best" else [Path(path).stem]
-    parts += [Path(args.task).stem] if args.task else []
+    given = [Path(path).resolve().stem for path in (args.data, args.task) if path]
+    parts += dict.fromkeys(given)
     name = "-".join(["predictions", *parts, *(args.fold or [])])
     return args.out or Path(path).with_name(f"{name}.npz")
 

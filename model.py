@@ -289,10 +289,11 @@ def load_pretrained(model, path, head=False, leads=None):
     stem = state.get(STEM)
     if leads and stem is not None and stem.dim() == 3:
         there = checkpoint.get("leads", LEADS if stem.shape[1] == len(LEADS) else LEADS[:1])
+        there = there if isinstance(there, list | tuple) else []
         lacking = [lead for lead in leads if lead not in there]
         if lacking or len(there) != stem.shape[1]:
-            raise WeightsError(f"{path}: is of leads {', '.join(there)}; wanted "
-                               f"{', '.join(lacking or there)} too: give other --leads")
+            raise WeightsError(f"{path}: is of leads {', '.join(map(str, there))}; wanted "
+                               f"{', '.join(map(str, lacking or there))} too: give other --leads")
         state = {**state, STEM: stem[:, [there.index(lead) for lead in leads]]}
         left_out = len(there) - len(leads)
     load_state(model, state, path, head)
@@ -376,7 +377,7 @@ def verify(path):
 def download(path, url, digest=None):
     """Fetch weights to `path`: complete and with the known hash, or not at all."""
     from http.client import HTTPException
-    if os.path.exists(path) and digest in (None, sha256(path)):
+    if digest and os.path.exists(path) and sha256(path) == digest:
         return
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     try:

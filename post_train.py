@@ -8,8 +8,9 @@ stochastic depth.
 
 Method: Zhou et al., "Bridging Performance Gaps for Foundation Models: A Post-Training Strategy
 for ECGFounder" (arXiv 2509.12991). Folds 1-8 train, fold 9 selects the checkpoint, fold 10 is read
-once, at the end. Writes to --out: metrics.jsonl (a line an epoch), probe.pt and best.pt (the best
-validation macro AUROC of the probe, and of fine-tuning), last.pt (to --resume from), test.json.
+once, at the end. Writes to --out: metrics.jsonl (a line an epoch, or an interpolation), probe.pt
+and best.pt (the best validation macro AUROC of the probe, and of fine-tuning), last.pt (to --resume
+from), test.json.
 Needs data.py, model.py and evaluate.py beside it.
 """
 import argparse
@@ -56,7 +57,7 @@ class Setting(NamedTuple):
 
 SOURCES = ("Sources of the defaults: community, a re-implementation by others, as the paper's own "
            "values could not be read; official, ECGFounder's fine-tuning recipe, which has no "
-           "probe; ours, settled on fold 9.")
+           "probe; ours, settled on fold 9 or chosen.")
 RECIPE = {
     "probe_epochs": Setting(30, 0, ("community", "official"),
                             "epochs of preview linear probing, 0: none"),
@@ -65,7 +66,7 @@ RECIPE = {
     "probe_schedule": Setting("cosine", "cosine", ("ours", "ours")),
     "probe_optimizer": Setting("adamw", "adamw", ("community", "community")),
     "probe_weight_decay": Setting(0.1, 0.1, ("community", "community")),
-    "epochs": Setting(30, 30, ("community", "official"), "epochs of fine-tuning"),
+    "epochs": Setting(30, 30, ("community", "ours"), "epochs of fine-tuning"),
     "lr": Setting(5e-4, 1e-4, ("community", "official"), "learning rate of fine-tuning"),
     "final_lr": Setting(1e-5, 0.0, ("community", "official")),
     "schedule": Setting("cosine", "plateau", ("community", "official")),
@@ -305,6 +306,7 @@ class Run(NamedTuple):
 def train(args, device, rank=0, world=1):
     """Train both stages from where the run stands; leaves its files in args.out."""
     described, notes, train_split, val_split = load_splits(args, device)
+    described["processes"] = world
     run = begin(args, device, rank, world, described, train_split, len(val_split.rows))
     model, (probe, finetune) = run.model, stages_of(args)
     for note in notes:
@@ -466,7 +468,7 @@ def load_splits(args, device):
     notes = notes_on(labels, train, of_fold.values())
     digest, splits = hashlib.sha256(), []
     for index in (train, of_fold["fold 9"]):
-        digest.update(labels.ecg_id[index].tobytes() + labels.y[index].tobytes())
+        digest.update(repr(labels.ecg_id[index].tolist()).encode() + labels.y[index].tobytes())
         y = torch.from_numpy(labels.y[index]).float().to(device)
         splits.append(Split(signals, labels.row[index], y))
     described = {"classes": labels.classes, "leads": list(args.leads),
@@ -673,9 +675,9 @@ def check(args):
         raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the "
                          "official weights, --weights none starts at random")
     written = [Path(args.out, name) for name in OUTPUTS if name != "metrics.jsonl"]
-    if not args.resume and any(path.exists() for path in written):
-        raise InputError(f"{args.out}: holds a run already; --resume goes on with it, another "
-                         "--out begins a new one")
+    if not going_on and any(path.exists() for path in written):
+        raise InputError(f"{args.out}: holds a run already; --resume goes on with its last.pt, "
+                         "another --out begins a new one")
 
 
 def pick_device(name):
@@ -698,8 +700,7 @@ def post_train(args):
     if data.is_own(args.task):
         args.task = os.path.abspath(args.task)
     if args.resume and (out / "test.json").exists():
-        if (out / "last.pt").exists():
-            check_same_run(args, evaluate.load_checkpoint(out / "last.pt"), {})
+        check_same_run(args, evaluate.load_checkpoint(out / "last.pt"), {})
         if rank == 0:
             print(f"{out}: this run is finished, see test.json")
         return

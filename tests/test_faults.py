@@ -247,7 +247,7 @@ def test_five_processes_on_one_folder(demo, demo_set, undisturbed, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("n", [12, pytest.param(200, marks=LONG)])
+@pytest.mark.parametrize("n", [12, pytest.param(60, marks=LONG)])
 def test_repeated_predictions_keep_their_memory(tiny, demo_set, undisturbed, tmp_path, n):
     """Every fourth draws a picture; one that is kept takes 60 MB. The least of a window leaves out
     buffers that come and go."""

@@ -2,6 +2,7 @@
 import csv
 import json
 import shutil
+import zlib
 
 import numpy as np
 import pytest
@@ -93,6 +94,10 @@ def test_whole_patients_are_dealt_to_folds_by_a_hash(clinic):
     assert all(fold_of[p] == f for p, f in zip(labels.patient_id, labels.fold))
     assert again.fold[0] == 0xcbf43926 % 10 + 1
     assert all(fold_of[p] == f for p, f in zip(again.patient_id[1:], again.fold[1:]))
+    rows[0]["patient_id"], rows[1]["patient_id"] = "", " 7.0"
+    write_table("dealt.csv", rows)
+    folds = data.load_labels(".", "dealt.csv").fold
+    assert folds[:2].tolist() == [zlib.crc32(b"ecg/r0") % 10 + 1, zlib.crc32(b"7") % 10 + 1]
     lone = [{k: v for k, v in row.items() if k != "patient_id"} for row in rows]
     write_table("lone.csv", lone)
     folds = data.load_labels(".", "lone.csv").fold

@@ -18,10 +18,12 @@ import errno
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import sys
+import threading
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -510,8 +512,9 @@ def fill(cache, array, plan, root, workers):
     marks = np.lib.format.open_memmap(cache.marks, "r+")
     todo = np.flatnonzero(~marks).tolist()
     processes = min(workers, math.ceil(len(todo) / CHUNK))
-    loader = torch.utils.data.DataLoader(todo, CHUNK, collate_fn=partial(read_rows, root, plan),
-                                         num_workers=processes if processes > 1 else 0)
+    loader = torch.utils.data.DataLoader(
+        todo, CHUNK, collate_fn=partial(read_rows, root, plan), worker_init_fn=end_with_parent,
+        num_workers=processes if processes > 1 else 0)
     start, size = np.load(array, mmap_mode="r").offset, 2 * math.prod(plan["shape"][1:])
     bar = tqdm(None, cache.array.stem, len(marks), initial=len(marks) - len(todo), unit="record",
                disable=None)
@@ -530,6 +533,16 @@ def fill(cache, array, plan, root, workers):
             marks.flush()
             bar.update(len(chunk))
     return unreadable
+
+
+def end_with_parent(worker):
+    """In a worker: end as soon as the building process does. The loader's own check does not help a
+    worker that is sending, as its sibling keeps the pipe open."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def chunks_of(loader):

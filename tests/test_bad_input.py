@@ -169,7 +169,7 @@ FOLDS, PATHS = ["0", "11", "1.5", ""], ["", "/etc/passwd", "records500/../../../
 CELLS = {       # (table, column, what is wanted): bad values
     (DATABASE, "strat_fold", "1 to 10"): FOLDS, (TABLE, "fold", "1 to 10"): FOLDS,
     (DATABASE, "filename_hr", "inside"): PATHS, (TABLE, "record", "inside"): PATHS,
-    (TABLE, "other", "0 or 1"): ["2", "", "-1", "yes", "0.5"],
+    (DATABASE, "ecg_id", "an id"): [""], (TABLE, "other", "0 or 1"): ["2", "", "-1", "yes", "0.5"],
     (DATABASE, "scp_codes", "scp_statements.csv"): ["{'XYZ': 100.0}"],
     (DATABASE, "scp_codes", "dict"): [
         "['NORM']", "{'NORM': 100.0", "[" * 100_000, "exec('canary')",
@@ -209,6 +209,7 @@ SPOILED = {     # (script, what the line names): {what it names, too: [what was 
         "`state_dict`": [lambda: torch.save([1, 2], WEIGHTS), resaved(WEIGHTS, {STEM: "x"}),
                          lambda: torch.save({"state_dict": {}}, WEIGHTS)],
     },
+    (RESUME, "run: holds a run already, another --out"): {"last.pt": [LAST.unlink]},
     (RESUME, f"{LAST}"): {
         "no optimizer, another --out": [partial(shutil.copy, BEST, LAST)],
         "train first": [partial(shutil.copy, WEIGHTS, LAST)],
@@ -285,7 +286,7 @@ def case(script, words, spoil=nothing, options="", name=""):
 CASES = [
     *(case(script, words, changed(path, damage) if damage else path.unlink, name=f"{path} {kind}")
       for script, path, words in DAMAGED for kind, damage in DAMAGE.items()
-      if (path, kind) != (LAST, "missing")),  # as then --resume starts anew
+      if (path, kind) != (LAST, "missing")),
     *(case(OWN if path == TABLE else TRAIN, f"{path}, {column!r}, wanted",
            without_columns(path, column)) for path, column in COLUMNS),
     *(case(OWN if path == TABLE else TRAIN, f"{path}, row 6, {column}, {value[:40]!r}, {wanted}",

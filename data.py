@@ -130,16 +130,17 @@ def read_table(root, task):
 def read_csv(path, columns):
     """The rows of a csv file as dicts. Raises InputError where it is missing, empty, damaged or
     lacks one of `columns`."""
-    fetch = f"; `python data.py --download --data {path.parent}` fetches PTB-XL's"
-    if path.name not in (DATABASE, STATEMENTS):
-        fetch = ""
+    fetch = ""
+    if path.name in (DATABASE, STATEMENTS):
+        fetch = ("; is --data PTB-XL's folder? `python data.py --download --data "
+                 f"{path.parent}` fetches it")
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f)
-            rows, names = list(reader), reader.fieldnames or []
+            names = [name.strip() for name in next(csv.reader(f), [])]
+            rows = list(csv.DictReader(f, names))
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror.lower()}; wanted a table of records; is --data "
-                         f"the set's folder?{fetch}") from None
+        raise InputError(f"{path}: {error.strerror.lower()}; wanted a table of records"
+                         f"{fetch}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a csv file in UTF-8 ({error}){fetch}") from None
     lacking = [column for column in columns if column not in names]
@@ -251,6 +252,9 @@ def read_own_labels(table):
     if not classes:
         raise InputError(f"{table.path}: has no class; wanted, beside {', '.join(columns)}, a "
                          "column of 0 and 1 for each")
+    if "" in classes:
+        raise InputError(f"{table.path}: column {columns.index('') + 1} has no name; wanted one "
+                         "for each class (pandas: to_csv(..., index=False))")
     y, values = np.empty((len(table.rows), len(classes)), np.uint8), {"0": 0, "1": 1}
     for i, row in enumerate(table.rows):
         for c, name in enumerate(classes):
@@ -467,6 +471,8 @@ def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
     found, folder = cache.open(tuple(plan["shape"])), cache.array.parent
     if found and (skip_unreadable or found[1].all()):
         return cache
+    if not Path(root).is_dir():
+        raise InputError(f"{root}: no such folder; wanted the set's, name it with --data")
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:

@@ -104,6 +104,21 @@ def test_whole_patients_are_dealt_to_folds_by_a_hash(clinic):
     assert set(folds) <= set(range(1, 11)) and len(set(folds)) > 5
 
 
+def test_names_of_columns(clinic, fails):
+    """Spaces around them do not count; a column without a name, as of a pandas index, is named."""
+    text = open("clinic.csv").read()
+    with open("spaced.csv", "w") as f:
+        f.write(text.replace("fold", " fold ", 1).replace("fast", " fast", 1))
+    assert data.load_labels(".", "spaced.csv").classes == CLASSES
+    with open("indexed.csv", "w") as f:
+        f.writelines(f"{i or ''},{line}" for i, line in enumerate(text.splitlines(True)))
+    fails(data.main, ["--data", ".", "--task", "clinic.csv", "--leads", "X"], "'X'", "wanted")
+    with pytest.raises(data.InputError, match="column 1 has no name.*index=False"):
+        data.load_labels(".", "indexed.csv")
+    argv = ["--data", "nowhere", "--task", "clinic.csv"]
+    fails(data.main, argv, "nowhere", "no such folder", "--data")
+
+
 def test_two_tables_over_one_folder_do_not_disturb_each_other(clinic):
     first = data.find_cache(".", "clinic.csv")[0].array
     before = first.read_bytes()

@@ -94,7 +94,7 @@ class Table(NamedTuple):
 
 def is_own(task):
     """Whether a task is a table of one's own."""
-    return str(task).endswith(".csv")
+    return str(task).lower().endswith(".csv")
 
 
 def check_task(task):
@@ -239,11 +239,11 @@ def read_codes(table, i):
 
 
 def read_folds(table, column):
-    folds = {str(k): k for k in range(1, 11)}
-    for i, row in enumerate(table.rows):
-        if cell_of(row, column) not in folds:
+    cells, folds = [cell_of(row, column) for row in table.rows], list(map(str, range(1, 11)))
+    for i, cell in enumerate(cells):
+        if cell not in folds:
             raise table.bad_cell(i, column, "a fold, 1 to 10")
-    return np.array([folds[cell_of(row, column)] for row in table.rows])
+    return np.array(cells, np.int64)
 
 
 def read_own_labels(table):
@@ -255,12 +255,13 @@ def read_own_labels(table):
     if "" in classes:
         raise InputError(f"{table.path}: column {columns.index('') + 1} has no name; wanted one "
                          "for each class (pandas: to_csv(..., index=False))")
-    y, values = np.empty((len(table.rows), len(classes)), np.uint8), {"0": 0, "1": 1}
+    y = np.empty((len(table.rows), len(classes)), np.uint8)
     for i, row in enumerate(table.rows):
         for c, name in enumerate(classes):
-            if cell_of(row, name) not in values:
+            cell = cell_of(row, name)
+            if cell not in ("0", "1"):
                 raise table.bad_cell(i, name, "0 or 1")
-            y[i, c] = values[cell_of(row, name)]
+            y[i, c] = cell == "1"
     patients, people = -1 - np.arange(len(y)), table.records
     if "patient_id" in columns:
         patients = identifiers(table.rows, "patient_id")
@@ -434,15 +435,15 @@ class Cache(NamedTuple):
     plan: Path          # what the array is made of, as JSON
     unreadable: Path    # csv of the records that could not be read
 
-    def open(self, shape, array=None):
+    def open(self, plan, array=None):
         """(signals, marks), read only; None where one is missing or damaged."""
         try:
             signals, marks = (np.load(p, mmap_mode="r") for p in (array or self.array, self.marks))
         except (OSError, ValueError, EOFError):
             return None
-        kinds = signals.dtype == np.float16 and marks.dtype == bool
-        return (signals, marks) if kinds and signals.shape == shape and len(marks) == shape[0] \
-            else None
+        whole = list(signals.shape) == plan["shape"] and marks.shape == signals.shape[:1]
+        whole &= signals.dtype == np.float16 and marks.dtype == bool
+        return (signals, marks) if whole else None
 
 
 def find_cache(root, task="all71", how="filter", leads=LEADS):
@@ -468,7 +469,7 @@ def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
     them again. Records that change later under their names are not noticed: remove the folder.
     """
     cache, plan = find_cache(root, task, how, leads)
-    found, folder = cache.open(tuple(plan["shape"])), cache.array.parent
+    found, folder = cache.open(plan), cache.array.parent
     if found and (skip_unreadable or found[1].all()):
         return cache
     if not Path(root).is_dir():
@@ -480,7 +481,7 @@ def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
                          "what is in its way, or copy the data to a folder that can be written "
                          "to") from None
     with locked(folder, [f"{cache.array.stem}.*"]):  # a second build waits here, for the first's
-        array = cache.array if cache.open(tuple(plan["shape"])) else cache.part
+        array = cache.array if cache.open(plan) else cache.part
         unreadable = fill(cache, array, plan, root, workers or os.cpu_count())
         if unreadable:
             write_atomically(cache.unreadable, lambda path: write_listing(path, unreadable))
@@ -513,7 +514,7 @@ def fill(cache, array, plan, root, workers):
     cannot be read)]."""
     import scipy.ndimage, scipy.signal, wfdb  # noqa: E401,F401  once, not in every worker
     from tqdm import tqdm
-    if cache.open(tuple(plan["shape"]), array) is None:
+    if cache.open(plan, array) is None:
         begin_cache(cache, plan)
     marks = np.lib.format.open_memmap(cache.marks, "r+")
     todo = np.flatnonzero(~marks).tolist()
@@ -585,10 +586,10 @@ def load_records(root, task, how="filter", leads=LEADS):
     Raises InputError where there is no cache.
     """
     labels, (cache, plan) = load_labels(root, task), find_cache(root, task, how, leads)
-    found = cache.open(tuple(plan["shape"]))
+    found = cache.open(plan)
     if found is None:
-        raise InputError(f"{cache.array}: missing or damaged; `python data.py --data {root}` with "
-                         "the same --task, --preprocess and --leads builds it")
+        raise InputError(f"{cache.array}: missing or damaged; `python data.py --data {root} --task "
+                         f"{task} --preprocess {how} --leads {','.join(leads)}` builds it")
     signals, marks = found
     return labels.take(marks[labels.row]), signals
 
@@ -601,9 +602,9 @@ class ECGDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, root, task, folds, how="filter", leads=LEADS):
-        labels, _ = load_records(root, task, how, leads)
+        labels, signals = load_records(root, task, how, leads)
         self.labels = labels.take(np.isin(labels.fold, folds))
-        self.path = find_cache(root, task, how, leads)[0].array  # an open array would be copied
+        self.path = signals.filename  # the array itself would be copied to each worker
 
     def __len__(self):
         return len(self.labels.row)

@@ -348,14 +348,14 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     made = task, checkpoint["preprocessing"], checkpoint["leads"]
     same_set = root == checkpoint["data"] and task == checkpoint["task"]
     skip = skip_unreadable or same_set and checkpoint["args"].get("skip_unreadable", False)
+    classes = data.load_labels(root, task).classes, checkpoint["classes"]
+    shared, note = shared_classes((Path(task).name, str(path)), classes)
     data.build_cache(root, *made, skip_unreadable=skip)
     labels, signals = data.load_records(root, *made)
     labels = labels.take(np.isin(labels.fold, folds))
     if not len(labels.row):
         raise InputError(f"{root}: holds no record of {task} in fold "
                          f"{', '.join(map(str, folds))}; see --fold, --task and --data")
-    names, classes = (Path(task).name, str(path)), (labels.classes, checkpoint["classes"])
-    shared, note = shared_classes(names, classes)
     theirs, mine = ([some.index(c) for c in shared] for some in classes)
 
     def features_and_logits(x):
@@ -577,8 +577,8 @@ def save_picture(figure, path, dpi):
 def output_of(args, path):
     """Where the predictions of a checkpoint go."""
     parts = [] if Path(path).stem == "best" else [Path(path).stem]
-    given = [Path(path).resolve().stem for path in (args.data, args.task) if path]
-    parts += dict.fromkeys(given)
+    parts += [Path(args.data).resolve().name] if args.data else []
+    parts += [Path(args.task).stem] if args.task else []
     name = "-".join(["predictions", *parts, *(args.fold or [])])
     return args.out or Path(path).with_name(f"{name}.npz")
 
@@ -597,8 +597,9 @@ def check(args):
             raise InputError(f"--{given[0]} has no meaning {when}; leave it out")
     endings = {"json": [".json"], "plot": PICTURES, "out": [".csv" if args.record else ".npz"]}
     for key, allowed in endings.items():
-        path = Path(getattr(args, key) or f"x{allowed[0]}")
-        if path.suffix not in allowed or not path.parent.is_dir() or path.is_dir():
+        given = getattr(args, key)
+        path = Path(given or "")
+        if given and (path.suffix not in allowed or not path.parent.is_dir() or path.is_dir()):
             raise InputError(f"--{key} {path}: cannot be written; wanted a name that ends in "
                              f"{' or '.join(allowed)} in a folder that is there")
     for path in args.models:

@@ -290,7 +290,7 @@ class Run(NamedTuple):
     world: int
     batch_size: int         # over all processes
     model: network.ECGFounder
-    described: dict         # classes, leads, and a digest of the records
+    described: dict         # classes, leads, number of processes, a digest of the records
     history: list           # the lines of metrics.jsonl
     state: dict             # of the optimizer and the scaler that it goes on with
 
@@ -305,8 +305,7 @@ class Run(NamedTuple):
 
 def train(args, device, rank=0, world=1):
     """Train both stages from where the run stands; leaves its files in args.out."""
-    described, notes, train_split, val_split = load_splits(args, device)
-    described["processes"] = world
+    described, notes, train_split, val_split = load_splits(args, device, world)
     run = begin(args, device, rank, world, described, train_split, len(val_split.rows))
     model, (probe, finetune) = run.model, stages_of(args)
     for note in notes:
@@ -454,7 +453,7 @@ def begin(args, device, rank, world, described, train_split, n_val):
     return run
 
 
-def load_splits(args, device):
+def load_splits(args, device, world):
     """(what checkpoints say of them, lines to print, training Split, validation Split); of fold 10
     nothing but its patients is looked at."""
     labels, signals = data.load_records(args.data, args.task, args.preprocess, args.leads)
@@ -471,7 +470,7 @@ def load_splits(args, device):
         digest.update(repr(labels.ecg_id[index].tolist()).encode() + labels.y[index].tobytes())
         y = torch.from_numpy(labels.y[index]).float().to(device)
         splits.append(Split(signals, labels.row[index], y))
-    described = {"classes": labels.classes, "leads": list(args.leads),
+    described = {"classes": labels.classes, "leads": args.leads, "processes": world,
                  "records": digest.hexdigest()}
     return described, notes, *splits
 

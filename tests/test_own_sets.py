@@ -1,8 +1,11 @@
 """Sets of one's own: tables, fewer leads, other sets, thresholds, long records, features."""
 import csv
 import json
+import re
+import shlex
 import shutil
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import data
 import evaluate
 import model as network
 import post_train
-from helpers import write_record
+from helpers import ROOT, write_record
 from make_demo import NAMES
 
 N = 40
@@ -161,6 +164,29 @@ def test_from_a_table_to_scores(clinic, tiny, capsys):
     assert args.out == "runs/clinic-frac1-post-seed0"
 
 
+def test_the_readmes_example(clinic, tiny, monkeypatch, capsys):
+    """Its code makes the table, and its three commands train, score and predict."""
+    readme = (ROOT / "README.md").read_text()
+    Path("clinic/some").mkdir(parents=True)
+    for i in range(N):
+        name = f"clinic/{('some/', 'afib')[i % 2]}r{i}"
+        write_record(name, data.read_record(f"ecg/r{i}")[0], NAMES, 257)
+    shutil.copy("clinic/some/r0.hea", "clinic/some/record.hea")
+    exec(re.search(r"```python\n(import pandas.*?)```", readme, re.S)[1], {})
+    labels = data.load_labels("clinic", "clinic.csv")
+    assert labels.classes == ["AFIB"] and labels.y.sum() == N // 2 and len(labels.y) == N + 1
+    commands = [line for line in readme.splitlines() if re.match("python .*clinic", line)]
+    assert len(commands) == 3
+    for command in commands:
+        script, *words = shlex.split(command)[1:]
+        if script == "post_train.py":
+            words += shlex.split("--weights none --epochs 1 --probe-epochs 1 --batch-size 8")
+        {"post_train.py": post_train, "evaluate.py": evaluate}[script].main(words)
+    out = capsys.readouterr().out
+    assert "best.pt on fold 10" in out and "clinic-frac1-post-seed0  " in out
+    assert out.splitlines()[-1].startswith("AFIB ") and Path("ecg.png").stat().st_size > 10_000
+
+
 # -------------------------------------------------------------------------------------------- leads
 
 def test_names_of_leads():
@@ -217,7 +243,13 @@ def test_one_lead_from_records_to_a_prediction(clinic, tiny, capsys):
     stem = checkpoint["state_dict"]["first_conv.conv.weight"]
     assert torch.equal(stem, whole["first_conv.conv.weight"][:, :1])
     evaluate.main(["one/best.pt", "--record", "ecg/r3", "--plot", "ecg.png"])
-    assert capsys.readouterr().out.count("\n") >= 4
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    model = network.ecgfounder(3, 1).eval()
+    model.load_state_dict(checkpoint["state_dict"])
+    x = data.preprocess(*data.read_record("ecg/r3", ("I",)))
+    with torch.no_grad():
+        want = dict(zip(CLASSES, torch.sigmoid(model(torch.from_numpy(x[None])))[0].tolist()))
+    assert {line[0]: float(line[1]) for line in lines} == pytest.approx(want, abs=6e-4)
     with pytest.raises(SystemExit):
         evaluate.main(["run/best.pt", "--record", "ecg/r3"])
     assert "has no lead II (it has i)" in capsys.readouterr().err
@@ -256,7 +288,7 @@ def by_hand(record, windows=1):
         return torch.sigmoid(model(torch.from_numpy(np.stack(parts)))).numpy()
 
 
-def test_external_validation(trained, tmp_path, capsys):
+def test_external_validation(trained, tmp_path, fails, capsys):
     """Another folder, its table with the classes in another order, one renamed, and all folds."""
     other = tmp_path / "georgia"
     shutil.copytree("ecg", other / "ecg")
@@ -267,8 +299,12 @@ def test_external_validation(trained, tmp_path, capsys):
                    "--fold", "all", "--json", "s.json"])
     out, scores = capsys.readouterr().out, json.load(open("s.json"))
     assert "classes left out: PVC of georgia.csv; noise of run/best.pt" in out
+    write_table(tmp_path / "none.csv", [{"record": row["record"], "PVC": 1} for row in rows[1:]])
+    argv = ["run/best.pt", "--data", str(other), "--task", str(tmp_path / "none.csv")]
+    fails(evaluate.main, argv, "no class in common", "PVC", "wanted")
+    assert len(list((other / "cache").glob("*.json"))) == 1  # no cache was built for it
     assert scores["n"] == N and list(scores["per_class"]) == ["AFIB", "fast"]
-    z = np.load("run/predictions-georgia-all.npz")
+    z = np.load("run/predictions-georgia-georgia-all.npz")
     want = np.stack([by_hand(row["record"])[0, [1, 0]] for row in rows])
     np.testing.assert_allclose(z["y_prob"], want, atol=2e-3)  # the cache is float16
     assert z["y_true"].tolist() == [[int(row["AFIB"]), int(row["fast"])] for row in rows]
@@ -324,6 +360,7 @@ def test_a_long_record_is_averaged_over_its_windows(trained, capsys):
     """35 s: three whole windows, the rest is left out."""
     signal = np.where(np.arange(17500) < 5000, ecg(1, 17500, 500, RNG), RNG.normal(size=17500))
     write_record("long", signal, NAMES)
+    Path("clinic.csv").unlink()  # the checkpoint knows its classes
     evaluate.main(["run/best.pt", "--record", "long"])
     lines = capsys.readouterr().out.splitlines()
     found = {line.split()[0]: float(line.split()[1]) for line in lines[1:4]}

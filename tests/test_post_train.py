@@ -542,6 +542,12 @@ def test_a_resume_wants_the_same_arguments_and_records(run, demo, undisturbed, t
     table.write_text(text.replace(",1,records100/", ",9,records100/", 1))  # to validate on now
     fails(post_train.main, argv, "last.pt", "records differ", "data")
     table.write_text(text)
+    last = checkpoint(out, "last")
+    torch.save(last | {"processes": 2}, out / "last.pt")  # other batches, other random numbers
+    fails(post_train.main, argv, "last.pt", "processes differ")
+    (out / "last.pt").unlink()
+    fails(post_train.main, argv, out, "last.pt", "another --out")
+    torch.save(last, out / "last.pt")
     run(demo, "--resume", out=out)
     assert_same_run(out, undisturbed)
 

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ settings.load_profile("patient")
 
 
 def pytest_configure(config):
+    # Started in the background, a process ignores Ctrl-C, which tests press.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # wfdb calls pandas in an older way.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:wfdb")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")

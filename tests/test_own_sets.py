@@ -1,5 +1,6 @@
 """Sets of one's own: tables, fewer leads, other sets, thresholds, long records, features."""
 import csv
+import hashlib
 import json
 import re
 import shlex
@@ -217,6 +218,20 @@ def test_the_one_lead_release_fits_lead_i_alone(tmp_path):
     assert torch.equal(model.first_conv.conv.weight, release.first_conv.conv.weight)
     with pytest.raises(network.WeightsError, match="is of leads I; wanted V1 too"):
         network.load_pretrained(model, tmp_path / "one.pth", leads=("V1",))
+
+
+def test_the_one_lead_release_is_fetched_and_its_hash_printed(tiny, tmp_path, monkeypatch, capsys):
+    """Not compared, as none is known; a damaged file is fetched again."""
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": network.ecgfounder(150, 1).state_dict()}, "release.pth")
+    Path("checkpoints").mkdir()
+    Path(network.OFFICIAL_ONE_LEAD).write_bytes(b"damaged")
+    network.main(["--download", "--leads", "1", "--url", Path("release.pth").resolve().as_uri()])
+    out, digest = capsys.readouterr().out, hashlib.sha256(Path("release.pth").read_bytes())
+    assert "1_lead_ECGFounder.pth: " in out and "; 1 leads, 150 classes" in out
+    assert f"sha256 {digest.hexdigest()}: not the known" in out
+    train_on = network.ecgfounder(2, 1)
+    assert network.load_pretrained(train_on, network.OFFICIAL_ONE_LEAD, leads=("I",)) == 0
 
 
 @pytest.mark.parametrize("how", data.PREPROCESSING)

@@ -32,8 +32,13 @@ def command(args, row, frac, seed):
     out, epochs = folder(args, row, frac, seed), EPOCHS.get(frac, 30)
     options = (f"--frac {frac:g} --seed {seed} --epochs {epochs} --batch-size 32 --resume "
                f"{ROWS[row]}")
-    return [sys.executable, str(ROOT / "post_train.py"), "--task", args.task, "--data", args.data,
-            "--weights", args.weights, "--out", str(out), *args.options, *options.split()]
+    return [*script(args, "post_train.py"), "--task", args.task, "--data", args.data,
+            "--weights", args.weights, "--out", str(out), *options.split(), *args.options]
+
+
+def script(args, name):
+    tool = [str(ROOT / "tests" / "tools" / "hz100.py"), name]
+    return [sys.executable, *(tool if args.hz100 else [str(ROOT / name)])]
 
 
 def folder(args, row, frac, seed):
@@ -50,6 +55,7 @@ def main(argv=None):
     add("--fracs", nargs="+", type=float, default=[1.0, 0.1, 0.3])
     add("--seeds", nargs="+", type=int, default=[0])
     add("--out", default="runs")
+    add("--hz100", action="store_true", help="the network at 100 Hz, by hz100.py")
     add("--dry-run", action="store_true")
     add("options", nargs="*", help="after --: for every post_train.py")
     args = parser.parse_args(argv)
@@ -60,7 +66,7 @@ def main(argv=None):
             continue
         print(f"{i}/{len(runs)}  {shlex.join(words[1:])}", flush=True)
         if not args.dry_run:
-            predict = [sys.executable, str(ROOT / "evaluate.py"), str(out / "best.pt")]
+            predict = [*script(args, "evaluate.py"), str(out / "best.pt")]
             if subprocess.run(words).returncode or subprocess.run(predict).returncode:
                 sys.exit(f"experiment.py: {out} has failed; the same command goes on")
 

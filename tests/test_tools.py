@@ -18,13 +18,15 @@ import data
 import evaluate
 import experiment
 import figures
+import hz100
 import make_subset
 import model as network
 import post_train
-from helpers import ROOT, edit_csv
+from helpers import ROOT, edit_csv, weights
 
 PAGES = ROOT / "README.md", ROOT / "tests" / "RESULTS.md"
 README = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
+README = README.replace("tests/tools/hz100.py ", "")     # before another script's command
 
 
 def read_csv(path):
@@ -218,6 +220,33 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="post-0.1-3 has failed"):
         experiment.main([*argv, "post"])
     assert len(calls) == 1
+    experiment.main([*argv, "post", "--hz100"])
+    assert all(words[1].endswith("hz100.py") for words in calls[1:])
+    assert {words[2] for words in calls[1:]} == {"post_train.py", "evaluate.py"}
+
+
+def test_a_network_at_100_hz(tiny, demo_set, tmp_path, monkeypatch):
+    """Its predictions are those of its weights on every fifth sample, and not on all."""
+    out = tmp_path / "run"
+    train = (f"post_train.py --data {demo_set} --task rhythm12 --weights none --probe-epochs 1 "
+             f"--epochs 1 --device cpu --out {out}")
+    for command in (train, f"evaluate.py {out}/best.pt --device cpu"):
+        with monkeypatch.context() as m:
+            m.setattr(sys, "argv", [])
+            m.setattr(data, "load_records", data.load_records)  # put back afterwards
+            hz100.main(command.split())
+    found = np.load(out / "predictions.npz")
+    labels = data.load_labels(demo_set, "rhythm12")
+    test = labels.take(labels.fold == 10)
+    signals = np.load(data.find_cache(demo_set)[0].array)[test.row].astype(np.float32)
+    model = network.ecgfounder(12).eval()
+    model.load_state_dict(weights(out, "best.pt"))
+    with torch.inference_mode():
+        probs = [model(torch.from_numpy(x)).sigmoid() for x in (signals[..., ::5], signals)]
+    np.testing.assert_allclose(found["y_prob"], probs[0], atol=1e-6)
+    assert np.abs(found["y_prob"] - probs[1].numpy()).max() > 1e-3
+    score = json.loads((out / "test.json").read_text())["macro_auroc"]
+    assert score == pytest.approx(np.nanmean(evaluate.auroc_auprc(test.y, probs[0])[0]), abs=1e-9)
 
 
 def python_block(word):

@@ -114,7 +114,7 @@ def read_table(root, task):
         path, record = Path(task), "record"
     rows = read_csv(path, [record] if is_own(task) else PTBXL_COLUMNS)
     ecg_id = identifiers(rows, "ecg_id" if "ecg_id" in rows[0] else record)
-    table = Table(path, rows, ecg_id, [row[record] for row in rows])
+    table = Table(path, rows, ecg_id, [row[record].strip() for row in rows])
     for i, name in enumerate(table.records):
         if "ecg_id" in rows[i] and not cell_of(rows[i], "ecg_id"):
             raise table.bad_cell(i, "ecg_id", "an id for each record")
@@ -260,7 +260,8 @@ def read_own_labels(table):
         for c, name in enumerate(classes):
             cell = cell_of(row, name)
             if cell not in ("0", "1"):
-                raise table.bad_cell(i, name, "0 or 1")
+                raise table.bad_cell(i, name, f"0 or 1, as {name} is taken for a class: all but "
+                                     f"{', '.join(NOT_CLASSES)} are")
             y[i, c] = cell == "1"
     patients, people = -1 - np.arange(len(y)), table.records
     if "patient_id" in columns:
@@ -591,6 +592,9 @@ def load_records(root, task, how="filter", leads=LEADS):
         raise InputError(f"{cache.array}: missing or damaged; `python data.py --data {root} --task "
                          f"{task} --preprocess {how} --leads {','.join(leads)}` builds it")
     signals, marks = found
+    if not marks.any():
+        raise InputError(f"{root}: none of its {len(marks)} records could be read; the reasons are "
+                         f"in {cache.unreadable}")
     return labels.take(marks[labels.row]), signals
 
 
@@ -756,7 +760,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
     add("--data", default="ptbxl", help="the set's folder (default: ptbxl)")
-    add("--task", default="all71", help="a .csv table of records of your own (default: PTB-XL's)")
+    add("--task", default="all71",
+        help="a .csv table of your own (default: PTB-XL's, of whichever task)")
     add("--leads", default=",".join(LEADS), help="such as II,V1,V5 (default: all twelve)")
     add("--preprocess", choices=PREPROCESSING, default="filter",
         help="default: filter, as ECGFounder's authors demand")
@@ -782,8 +787,8 @@ def main(argv=None):
         sys.stderr.write(f"data.py: {line_of(error)}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("data.py: interrupted; run the same command again, the cache goes on from "
-                         "what is done\n")
+        sys.stderr.write("data.py: interrupted; run the same command again (a cache goes on from "
+                         "what is done, a download begins anew)\n")
         sys.exit(130)
 
 

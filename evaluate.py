@@ -298,9 +298,6 @@ def pick_device(name):
 
 def load_checkpoint(path):
     """The dict of a checkpoint of post_train.py; `load_model` makes a network of it."""
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file; `python post_train.py` writes checkpoints to "
-                         "runs/")
     checkpoint = network.read_checkpoint(path)
     if checkpoint.get("layout", CHECKPOINT_LAYOUT) != CHECKPOINT_LAYOUT:
         raise InputError(f"{path}: is of checkpoint layout {checkpoint['layout']}, this is layout "
@@ -346,7 +343,8 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     model = load_model(checkpoint, path, device)
     root, task = root or checkpoint["data"], task or checkpoint["task"]
     made = task, checkpoint["preprocessing"], checkpoint["leads"]
-    same_set = root == checkpoint["data"] and task == checkpoint["task"]
+    absolute = os.path.abspath(task) if data.is_own(task) else task
+    same_set = (os.path.abspath(root), absolute) == (checkpoint["data"], checkpoint["task"])
     skip = skip_unreadable or same_set and checkpoint["args"].get("skip_unreadable", False)
     classes = data.load_labels(root, task).classes, checkpoint["classes"]
     shared, note = shared_classes((Path(task).name, str(path)), classes)
@@ -393,9 +391,9 @@ def load_predictions(path):
         raise InputError(f"{path}: y_true holds other values than 0 and 1, or y_prob others than "
                          "probabilities; wanted finite ones in [0, 1]")
     ecg_id, patient_id = ids
-    if patient_id is not None and patient_id.dtype.kind == "f":  # as pandas reads PTB-XL's
-        unknown = np.arange(n) - n  # each a patient of its own
-        patient_id = np.where(np.isfinite(patient_id), patient_id, unknown)
+    if patient_id is not None:  # NaN (as pandas reads PTB-XL's) and "": each a patient of its own
+        unknown = np.isin(patient_id.astype(str), ("nan", ""))
+        patient_id = np.where(unknown, np.arange(n) - n, patient_id)
     return {"ecg_id": ecg_id, "patient_id": patient_id, "classes": classes.astype(str),
             "y_true": y.astype(np.uint8), "y_prob": prob.astype(np.float64)}
 
@@ -503,7 +501,7 @@ def find_records(paths):
     if not records:
         raise InputError(f"{', '.join(map(str, paths))}: holds no WFDB record; wanted .hea headers "
                          "and their signal files")
-    return records
+    return list(dict.fromkeys(records))  # a record's .hea and .dat are one
 
 
 def thresholds_of(checkpoint):
@@ -557,9 +555,10 @@ def plot_record(record, leads, path):
     import wfdb
     signal, fs = data.read_record(record, leads)
     signal = np.stack([data.fill_gaps(lead) for lead in signal[:, :int(10 * fs)].astype(float)]).T
+    grids = "all" if np.ptp(signal, axis=0).max() < 50 else []  # wfdb would draw lines for hours
     figure = wfdb.plot_items(
         signal=signal, fs=fs, sig_name=list(leads), sig_units=["mV"] * len(leads),
-        time_units="seconds", ecg_grids="all", figsize=(16, 1 + 1.75 * len(leads)),
+        time_units="seconds", ecg_grids=grids, figsize=(16, 1 + 1.75 * len(leads)),
         title=Path(record).name, return_fig=True)
     save_picture(figure, path, dpi=80)
 
@@ -604,8 +603,8 @@ def check(args):
                              f"{' or '.join(allowed)} in a folder that is there")
     for path in args.models:
         if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file; wanted a checkpoint (`python post_train.py` "
-                             "writes them to runs/) or predictions (.npz)")
+            raise InputError(f"{path}: no such file; wanted a checkpoint, such as best.pt of a run "
+                             "(`python post_train.py` writes them to runs/), or predictions (.npz)")
 
 
 def folds_of(args):
@@ -615,7 +614,7 @@ def folds_of(args):
         return list(range(1, 11))
     wrong = [fold for fold in asked if fold not in map(str, range(1, 11))]
     if wrong:
-        raise InputError(f"--fold {wrong[0]}: no such fold; wanted some of 1 to 10, or all")
+        raise InputError(f"--fold {wrong[0]}: no such fold; wanted some of 1 to 10, or all alone")
     return list(map(int, asked))
 
 
@@ -688,7 +687,7 @@ def run_records(args, device):
     if args.plot and len(records) > 1:
         raise InputError(f"--plot draws one record, {len(records)} were given; give one")
     found, unreadable = predict_records(checkpoint, path, records, device)
-    if len(records) == 1 and unreadable:
+    if unreadable and not found:
         raise InputError(unreadable[0])
     if args.plot:
         plot_record(records[0], checkpoint["leads"], args.plot)

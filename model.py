@@ -167,12 +167,10 @@ class Level(nn.Module):
 
     def __init__(self, blocks):
         super().__init__()
-        self.block_list = nn.ModuleList(blocks)
+        self.block_list = nn.Sequential(*blocks)
 
     def forward(self, x):
-        for block in self.block_list:
-            x = block(x)
-        return x
+        return self.block_list(x)
 
 
 class ECGFounder(nn.Module):
@@ -288,12 +286,16 @@ def load_pretrained(model, path, head=False, leads=None):
     state, left_out = checkpoint["state_dict"], 0
     stem = state.get(STEM)
     if leads and stem is not None and stem.dim() == 3:
-        there = checkpoint.get("leads", LEADS if stem.shape[1] == len(LEADS) else LEADS[:1])
+        unnamed = {len(LEADS): LEADS, 1: LEADS[:1]}.get(stem.shape[1], leads)
+        there = checkpoint.get("leads", unnamed)
         there = there if isinstance(there, list | tuple) else []
+        if len(there) != stem.shape[1]:
+            raise WeightsError(f"{path}: does not name its {stem.shape[1]} leads; wanted as many "
+                               "--leads")
         lacking = [lead for lead in leads if lead not in there]
-        if lacking or len(there) != stem.shape[1]:
+        if lacking:
             raise WeightsError(f"{path}: is of leads {', '.join(map(str, there))}; wanted "
-                               f"{', '.join(map(str, lacking or there))} too: give other --leads")
+                               f"{', '.join(lacking)} too: give other --leads")
         state = {**state, STEM: stem[:, [there.index(lead) for lead in leads]]}
         left_out = len(there) - len(leads)
     load_state(model, state, path, head)

@@ -41,7 +41,6 @@ from data import InputError
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 OUTPUTS = ("probe.pt", "best.pt", "last.pt", "metrics.jsonl", "test.json")
 FREE_ARGUMENTS = ("resume", "out", "data", "device", "compile")  # may differ when a run goes on
-INFERENCE_BATCH = 64
 
 
 # ------------------------------------------------------------------------------------------- recipe
@@ -81,7 +80,7 @@ RECIPE = {
     "batch_size": Setting(32, 256, ("ours", "official"), "ECGs a step, on all devices"),
     "interpolate": Setting(True, False, ("ours", "official"),
                            "at the end validate the weights between the probe's and the last "
-                           "epoch's too"),
+                           "epoch's too, where there are both"),
 }
 SHARES = (0.0, 0.25, 0.5, 0.75)  # of fine-tuning, between the probe's weights (0) and the last (1)
 
@@ -253,13 +252,12 @@ def across_ranks(value):
 def infer_all(function, split, device, amp):
     """evaluate.infer, shared out over the ranks: each takes a strided slice, every rank gets the
     whole, in order."""
-    infer = evaluate.infer
     if not dist.is_initialized():
-        return infer(function, split.array, split.rows, device, INFERENCE_BATCH, amp)
+        return evaluate.infer(function, split.array, split.rows, device, amp=amp)
     rank, world = dist.get_rank(), dist.get_world_size()
     parts, mine, part = [None] * world, split.rows[rank::world], None
     if len(mine):
-        part = infer(function, split.array, mine, device, INFERENCE_BATCH, amp)
+        part = evaluate.infer(function, split.array, mine, device, amp=amp)
     dist.all_gather_object(parts, part)
     whole = np.empty((len(split.rows), *parts[0].shape[1:]), np.float32)
     for r, part in enumerate(parts):
@@ -463,6 +461,11 @@ def load_splits(args, device, world):
         if not len(index):
             raise InputError(f"{args.data}: no record of {args.task} in {name}; wanted folds 1-8 "
                              "to train, 9 to validate and 10 to test on")
+    positives, n = labels.y[of_fold["fold 9"]].sum(0), len(of_fold["fold 9"])
+    if not ((positives > 0) & (positives < n)).any():
+        raise InputError(f"{args.data}: of no class of {args.task} fold 9 has both positives and "
+                         "negatives, so that it can choose no epoch; wanted a `fold` column that "
+                         "shares them out")
     train = data.subset(of_fold["folds 1-8"], args.frac, args.seed)
     notes = notes_on(labels, train, of_fold.values())
     digest, splits = hashlib.sha256(), []
@@ -549,7 +552,8 @@ def save_best(run):
 
 
 def save(run, name, **state):
-    """Write a checkpoint: tensors and plain data that say all there is to know of it."""
+    """Write a checkpoint: tensors and plain data that say all there is to know of it. The last line
+    of its history is of its weights; of an interpolation that says the share."""
     args, line = run.args, run.history[-1]
     checkpoint = {
         "layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": run.model.state_dict(),
@@ -706,8 +710,7 @@ def post_train(args):
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = error.strerror.lower()
-        raise InputError(f"{out}: cannot be made ({reason}); give another --out") from None
+        raise InputError(f"{data.line_of(error)}; give another --out") from None
     # The cache comes before the group: it may take longer than ranks wait for each other.
     data.build_cache(args.data, args.task, args.preprocess, args.leads,
                      skip_unreadable=args.skip_unreadable)
@@ -739,11 +742,12 @@ def finish(args, device):
     which nothing has read so far."""
     best = Path(args.out, "best.pt")
     checkpoint = evaluate.load_checkpoint(best)
-    p, _ = evaluate.predict_folds(best, [data.VAL_FOLD], args.data, device=device)
+    given = args.data, args.task, device, args.skip_unreadable
+    p, _ = evaluate.predict_folds(best, [data.VAL_FOLD], *given)
     checkpoint["thresholds"] = evaluate.best_thresholds(p["y_true"], p["y_prob"]).tolist()
     checkpoint["positives"] = p["y_true"].sum(0).tolist()
     write_checkpoint(best, checkpoint)
-    p, _ = evaluate.predict_folds(best, [data.TEST_FOLD], args.data, device=device)
+    p, _ = evaluate.predict_folds(best, [data.TEST_FOLD], *given)
     scores = evaluate.score(p["y_true"], p["y_prob"], p["patient_id"])
     result = evaluate.report(scores, p["y_true"], p["classes"].tolist())
     evaluate.write_json(Path(args.out, "test.json"), result)
@@ -758,8 +762,9 @@ def main(argv=None):
     except (InputError, network.WeightsError, OSError) as error:
         status, message = 2, data.line_of(error)
     except NonFinite as error:
-        status, message = 1, (f"{error}; last.pt keeps the last good epoch; --amp bf16 or off, or "
-                              "a lower --lr, with another --out may mend it")
+        status, message = 1, (f"{error}; --amp bf16 or off, or a lower --lr may mend it, with "
+                              "another --out if there is a last.pt, which keeps the last good "
+                              "epoch")
     except torch.OutOfMemoryError:
         status, message = 1, ("the GPU's memory is too small to train on a batch of "
                               f"{args.batch_size}; a smaller --batch-size may fit, with another "

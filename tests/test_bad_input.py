@@ -192,6 +192,10 @@ SPOILED = {     # (script, what the line names): {what it names, too: [what was 
     },
     (TRAIN, "data: no record of all71, wanted folds 1-8 to train"): {
         "in folds 1-8": [cell("strat_fold", "9", "12345678")]},
+    (TRAIN._replace(arguments=f"{SHORT} --task rhythm12"), "data: of no class, wanted"): {
+        "fold 9, positives": [cell("scp_codes", "{'SR': 0.0}", ["9"])]},
+    (TRAIN._replace(arguments=f"{SHORT} --preprocess raw --skip-unreadable"), "data: none"): {
+        f"{RECORDS} records, .unreadable.csv": [partial(shutil.rmtree, "data/records500")]},
     (Script(post_train, f"{SHORT} --out run"), "run, another --out"): {
         "--resume": [nothing, LAST.unlink]},
     (BUILD, UNREADABLE): {
@@ -205,6 +209,8 @@ SPOILED = {     # (script, what the line names): {what it names, too: [what was 
     (CUT._replace(arguments=f"{CUT.arguments} --leads II"), f"{BEST}"): {
         "is of leads I;, wanted II, --leads": [
             resaved(BEST, {STEM: torch.zeros(16, 1, 16)}, leads=["I"])]},
+    (START._replace(arguments=f"{START.arguments} --leads I,II,V1"), f"{WEIGHTS}, wanted"): {
+        "does not name its 2 leads, --leads": [resaved(WEIGHTS, {STEM: torch.zeros(16, 2, 16)})]},
     (VERIFY, f"{WEIGHTS}, wanted"): {
         "`state_dict`": [lambda: torch.save([1, 2], WEIGHTS), resaved(WEIGHTS, {STEM: "x"}),
                          lambda: torch.save({"state_dict": {}}, WEIGHTS)],
@@ -320,12 +326,12 @@ def test_bad_input(world, fails, script, options, spoil, words):
 WORKS = [       # (script, options, what is unusual, what is printed)
     (BUILD, "--skip-unreadable", DAT.unlink, f"{RECORDS - 1} records"),
     (BUILD, "--leads I,II", record(SIGNAL[:2], NAMES[:2]), f"{RECORDS} records"),
-    (TRAIN, "--task rhythm12", cell("scp_codes", "{'SR': 0.0}", ["9"]), "AUROC -"),
     (TRAIN, "--batch-size 4096", nothing, "(not 4096)"),
     (TRAIN, "--frac 0.1", nothing, "2 records to train"),
     (CUT, "--task form19", nothing, f"8 records to train and 2 to validate on, batch 8, {BEST}"),
     (CUT, "--leads V1,I", resaved(BEST, layout=1, leads=None), f"{BEST} without 10 of its leads"),
     (START, "", lambda: torch.save(torch.load(WEIGHTS)["state_dict"], WEIGHTS), f", {WEIGHTS}, "),
+    (START, "--leads II,V1", resaved(WEIGHTS, {STEM: torch.zeros(16, 2, 16)}), f", {WEIGHTS}, "),
     (RESUME._replace(without=NPZ), "", nothing, "run: this run is finished"),
     (OWN, "", cell("other", "1.0", table=TABLE), "own.csv, 19 records to train"),
     (EVALUATE, "", resaved(BEST, classes=lambda old: ["0AVB", *old[1:]]),

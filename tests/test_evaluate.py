@@ -309,11 +309,13 @@ def test_models_side_by_side(models, capsys):
 
 
 def test_unknown_patients_are_each_their_own(models):
-    """As pandas reads PTB-XL's patient_id: NaN where it is unknown."""
+    """NaN, as pandas reads PTB-XL's patient_id, and empty names."""
     change(models, "a", "nan", patient_id=np.full(60, np.nan))
+    change(models, "a", "empty", patient_id=np.array([""] * 60))
     change(models, "a", "none", patient_id=None)
-    lone, none = compared(models, "nan.npz"), compared(models, "none.npz")
-    assert lone == none and np.ptp(lone["macro_auroc_ci"]) > 0.05
+    nan, none = compared(models, "nan.npz"), compared(models, "none.npz")
+    assert nan == none and np.ptp(nan["macro_auroc_ci"]) > 0.05
+    assert len(np.unique(evaluate.load_predictions(models / "empty.npz")["patient_id"])) == 60
     change(models, "a", "half", patient_id=np.where(np.arange(60) < 30, np.nan, np.arange(60) // 2))
     assert len(np.unique(evaluate.load_predictions(models / "half.npz")["patient_id"])) == 45
 

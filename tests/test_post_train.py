@@ -392,7 +392,7 @@ def test_another_seed_is_another_run_and_the_fraction_is_of_the_training_folds(r
     assert "12 records to train and 5 to validate on, batch 12 (not 16)" in run.out
 
 
-def test_unreadable_records_are_left_out_on_request(run, demo, tmp_path, fails):
+def test_unreadable_records_are_left_out_on_request(run, demo, tmp_path, monkeypatch, fails):
     shutil.rmtree(demo / "cache")
     labels = data.load_labels(demo, "rhythm12")
     for fold in (1, 10):
@@ -401,8 +401,14 @@ def test_unreadable_records_are_left_out_on_request(run, demo, tmp_path, fails):
     fails(post_train.main, arguments(demo, tmp_path / "run"), "2 records", "--skip-unreadable")
     out, scores = run(demo, "--skip-unreadable", *ONE_PROBE), tmp_path / "scores.json"
     assert f"{(labels.fold <= 8).sum() - 1} records to train" in run.out
-    evaluate.main([str(out / "best.pt"), "--json", str(scores)])  # the checkpoint remembers
-    assert json.loads(scores.read_text())["n"] == (labels.fold == 10).sum() - 1
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--data", "demo"]):  # the checkpoint remembers
+        evaluate.main([str(out / "best.pt"), "--json", str(scores), *more])
+    demo.rename("moved")
+    (out / "test.json").unlink()
+    run("moved", "--skip-unreadable", *ONE_PROBE, "--resume", out=out)
+    for path in (scores, out / "test.json"):
+        assert json.loads(path.read_text())["n"] == (labels.fold == 10).sum() - 1
 
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++")

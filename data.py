@@ -100,9 +100,9 @@ def is_own(task):
 def check_task(task):
     if not is_own(task) and task not in TASKS:
         from difflib import get_close_matches
-        near = get_close_matches(str(task), TASKS, 1, 0)[0]
-        raise InputError(f"task {task!r} is unknown; did you mean {near}? (one of "
-                         f"{', '.join(TASKS)}, or a .csv file)")
+        near = "".join(f" did you mean {name}?" for name in get_close_matches(str(task), TASKS, 1))
+        raise InputError(f"task {task!r} is unknown;{near} wanted one of {', '.join(TASKS)}, or a "
+                         ".csv table")
 
 
 def read_table(root, task):
@@ -114,13 +114,13 @@ def read_table(root, task):
         path, record = Path(task), "record"
     rows = read_csv(path, [record] if is_own(task) else PTBXL_COLUMNS)
     ecg_id = identifiers(rows, "ecg_id" if "ecg_id" in rows[0] else record)
-    table = Table(path, rows, ecg_id, [row[record].strip() for row in rows])
+    table = Table(path, rows, ecg_id, [str(without_ending(row[record].strip())) for row in rows])
     for i, name in enumerate(table.records):
         if "ecg_id" in rows[i] and not cell_of(rows[i], "ecg_id"):
             raise table.bad_cell(i, "ecg_id", "an id for each record")
-        if not name or os.path.isabs(name) or ".." in Path(name).parts:
-            raise table.bad_cell(i, record, f"a path inside {root}")
-    for what, values in (("ecg_id", table.ecg_id.tolist()), ("record", table.records)):
+        if name == "." or os.path.isabs(name) or ".." in Path(name).parts:
+            raise table.bad_cell(i, record, f"a path inside {root}, relative to it")
+    for what, values in (("record", table.records), ("ecg_id", table.ecg_id.tolist())):
         value, count = Counter(values).most_common(1)[0]
         if count > 1:
             raise InputError(f"{path}: {what} {value} stands twice; wanted a row for each record")
@@ -142,11 +142,13 @@ def read_csv(path, columns):
         raise InputError(f"{path}: {error.strerror.lower()}; wanted a table of records"
                          f"{fetch}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a csv file in UTF-8 ({error}){fetch}") from None
+        raise InputError(f"{path}: not a csv file in UTF-8 ({error}); save it as one"
+                         f"{fetch}") from None
     lacking = [column for column in columns if column not in names]
     if lacking or len(set(names)) < len(names):
         what = f"has no column {lacking[0]!r}" if lacking else "has two columns of one name"
-        raise InputError(f"{path}: {what}; wanted {', '.join(map(repr, columns))}{fetch}")
+        raise InputError(f"{path}: {what} (it has {', '.join(names)[:200]}); wanted "
+                         f"{', '.join(map(repr, columns))}, parted by commas{fetch}")
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise InputError(f"{path}: row {number} does not have {len(names)} fields{fetch}")
@@ -242,7 +244,7 @@ def read_folds(table, column):
     cells, folds = [cell_of(row, column) for row in table.rows], list(map(str, range(1, 11)))
     for i, cell in enumerate(cells):
         if cell not in folds:
-            raise table.bad_cell(i, column, "a fold, 1 to 10")
+            raise table.bad_cell(i, column, "a fold, 1 to 10 (1-8 train, 9 validates, 10 tests)")
     return np.array(cells, np.int64)
 
 
@@ -258,7 +260,7 @@ def read_own_labels(table):
     y = np.empty((len(table.rows), len(classes)), np.uint8)
     for i, row in enumerate(table.rows):
         for c, name in enumerate(classes):
-            cell = cell_of(row, name)
+            cell = {"False": "0", "True": "1"}.get(row[name].strip(), cell_of(row, name))
             if cell not in ("0", "1"):
                 raise table.bad_cell(i, name, f"0 or 1, as {name} is taken for a class: all but "
                                      f"{', '.join(NOT_CLASSES)} are")
@@ -298,6 +300,12 @@ def parse_leads(text):
         raise InputError(f"--leads {text}: {unknown[0]!r} is unknown; wanted some of "
                          f"{','.join(LEADS)}")
     return tuple(sorted({known[name.strip().lower()] for name in asked}, key=LEADS.index))
+
+
+def without_ending(path):
+    """A record's path without the extension of one of its files."""
+    path = Path(path)
+    return path.with_suffix("") if path.suffix in (".hea", ".dat", ".mat") else path
 
 
 def read_record(path, leads=LEADS):
@@ -445,6 +453,14 @@ class Cache(NamedTuple):
         whole = list(signals.shape) == plan["shape"] and marks.shape == signals.shape[:1]
         whole &= signals.dtype == np.float16 and marks.dtype == bool
         return (signals, marks) if whole else None
+
+    def left_out(self):
+        """A line on the records that could not be read, None where there are none."""
+        marks = np.load(self.marks)
+        if marks.all():
+            return None
+        return (f"{np.sum(~marks)} of {len(marks)} records cannot be read and are left out, see "
+                f"{self.unreadable}")
 
 
 def find_cache(root, task="all71", how="filter", leads=LEADS):
@@ -779,10 +795,9 @@ def main(argv=None):
         cache = build_cache(args.data, args.task, args.preprocess, parse_leads(args.leads),
                             args.workers, args.skip_unreadable)
         marks, size = np.load(cache.marks), cache.array.stat().st_size
-        line = f"{cache.array}: {marks.sum():,} records, {size / 1e9:.2f} GB"
+        print(f"{cache.array}: {marks.sum():,} records, {size / 1e9:.2f} GB")
         if not marks.all():
-            line += f", {np.sum(~marks)} unreadable ones left out"
-        print(line)
+            print(cache.left_out())
     except (InputError, OSError) as error:
         sys.stderr.write(f"data.py: {line_of(error)}\n")
         sys.exit(2)

@@ -335,7 +335,7 @@ def shared_classes(names, classes):
 
 def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadable=False):
     """Predict the records of `folds` with a checkpoint -> (dict of arrays: ecg_id, patient_id,
-    classes, y_true, y_prob, features (N, 1024); a line on classes left out, or None).
+    classes, y_true, y_prob, features (N, 1024); lines on what is left out, or "").
 
     root, task: of another set than the one it was trained on; classes are matched by name.
     """
@@ -348,7 +348,7 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     skip = skip_unreadable or same_set and checkpoint["args"].get("skip_unreadable", False)
     classes = data.load_labels(root, task).classes, checkpoint["classes"]
     shared, note = shared_classes((Path(task).name, str(path)), classes)
-    data.build_cache(root, *made, skip_unreadable=skip)
+    cache = data.build_cache(root, *made, skip_unreadable=skip)
     labels, signals = data.load_records(root, *made)
     labels = labels.take(np.isin(labels.fold, folds))
     if not len(labels.row):
@@ -364,7 +364,7 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     features, logits = np.split(out, [-len(classes[1])], axis=1)
     return {"ecg_id": labels.ecg_id, "patient_id": labels.patient_id, "classes": np.array(shared),
             "y_true": labels.y[:, theirs], "y_prob": probabilities(logits)[:, mine],
-            "features": features}, note
+            "features": features}, "\n".join(filter(None, (note, cache.left_out())))
 
 
 def load_predictions(path):
@@ -496,8 +496,7 @@ def find_records(paths):
         if path.is_dir():
             records += sorted(header.with_suffix("") for header in path.rglob("*.hea"))
         else:
-            known = path.suffix in (".hea", ".dat", ".mat")
-            records.append(path.with_suffix("") if known else path)
+            records.append(data.without_ending(path))
     if not records:
         raise InputError(f"{', '.join(map(str, paths))}: holds no WFDB record; wanted .hea headers "
                          "and their signal files")
@@ -657,9 +656,9 @@ def run(args):
         found, note = predict_folds(path, folds, args.data, args.task, device,
                                     args.skip_unreadable)
         models[path] = {k: v for k, v in found.items() if k != "features" or args.features}
-        notes.append(note)
-        data.write_atomically(output_of(args, path), lambda temporary: save_arrays(
-            temporary, models[path]))
+        out = output_of(args, path)
+        data.write_atomically(out, lambda temporary: save_arrays(temporary, models[path]))
+        notes += [note, f"{out}: predictions of {len(found['y_true']):,} records"]
     names, models = names_of(args.models), [models[path] for path in args.models]
     if len(models) == 1:
         m = models[0]

@@ -467,7 +467,9 @@ def load_splits(args, device, world):
                          "negatives, so that it can choose no epoch; wanted a `fold` column that "
                          "shares them out")
     train = data.subset(of_fold["folds 1-8"], args.frac, args.seed)
-    notes = notes_on(labels, train, of_fold.values())
+    notes = notes_on(labels, train, list(of_fold.values()))
+    if data.is_own(args.task):
+        notes.insert(0, f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
     digest, splits = hashlib.sha256(), []
     for index in (train, of_fold["fold 9"]):
         digest.update(repr(labels.ecg_id[index].tolist()).encode() + labels.y[index].tobytes())
@@ -480,12 +482,13 @@ def load_splits(args, device, world):
 
 def notes_on(labels, train, sets):
     """What a user should know of the records `train` and of the three sets, as lines to print."""
-    absent = [name for name, n in zip(labels.classes, labels.y[train].sum(0)) if not n]
+    notes, looked_at = [], {"training": train, "validation": sets[1]}
+    for name, index in looked_at.items():
+        absent = [c for c, n in zip(labels.classes, labels.y[index].sum(0)) if not n]
+        if absent:
+            notes.append(f"no {name} record has {', '.join(absent)}")
     patients = [set(labels.patient_id[index].tolist()) for index in sets]
     shared = set.union(*(a & b for a, b in itertools.combinations(patients, 2)))
-    notes = []
-    if absent:
-        notes.append(f"no training record has {', '.join(absent)}")
     if shared:
         notes.append(f"{len(shared)} patients are in more than one of training, validation and "
                      "test: the scores will be too good")
@@ -712,8 +715,10 @@ def post_train(args):
     except OSError as error:
         raise InputError(f"{data.line_of(error)}; give another --out") from None
     # The cache comes before the group: it may take longer than ranks wait for each other.
-    data.build_cache(args.data, args.task, args.preprocess, args.leads,
-                     skip_unreadable=args.skip_unreadable)
+    cache = data.build_cache(args.data, args.task, args.preprocess, args.leads,
+                             skip_unreadable=args.skip_unreadable)
+    if rank == 0 and cache.left_out():
+        print(cache.left_out())
     busy = "another process is training there; wait for it, or give another --out"
     with data.locked(out, OUTPUTS, busy) if rank == 0 else nullcontext():
         train_in_group(args, device, rank, world)

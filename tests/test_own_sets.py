@@ -109,14 +109,19 @@ def test_whole_patients_are_dealt_to_folds_by_a_hash(clinic):
 
 
 def test_names_of_columns(clinic, fails):
-    """Spaces around them and in cells do not count; one without a name, as pandas writes its index,
-    is said."""
+    """Spaces around them and in cells do not count, nor do the records' endings; True is 1. A
+    column without a name, as pandas writes its index, is said."""
     text = open("clinic.csv").read()
     with open("spaced.csv", "w") as f:
         f.write(text.replace("fold", " fold ", 1).replace(",", ", "))
     spaced = data.read_table(".", "spaced.csv")
     assert data.load_labels(".", "spaced.csv").classes == CLASSES
     assert spaced.records == data.read_table(".", "clinic.csv").records
+    ended = [row | {"record": f"{row['record']}.hea", "AFIB": str(row["AFIB"] == "1")}
+             for row in rows_of()]
+    write_table("ended.csv", ended)
+    assert data.read_table(".", "ended.csv").records == spaced.records
+    assert np.array_equal(*(data.load_labels(".", f"{n}.csv").y for n in ("ended", "clinic")))
     with open("indexed.csv", "w") as f:
         f.writelines(f"{i or ''},{line}" for i, line in enumerate(text.splitlines(True)))
     with pytest.raises(data.InputError, match="column 1 has no name.*index=False"):
@@ -152,17 +157,19 @@ def test_from_a_table_to_scores(clinic, tiny, capsys):
     train("--frac", "0.75")
     out = capsys.readouterr().out
     assert "24 records to train and 4 to validate" in out and "no training record" not in out
+    assert "3 classes: fast, AFIB, noise" in out
     checkpoint = torch.load("run/best.pt", weights_only=True)
     assert checkpoint["classes"] == CLASSES and checkpoint["args"]["frac"] == 0.75
     assert json.load(open("run/test.json"))["n"] == 4
     rows = rows_of()
-    for row in rows[:32]:
+    for row in rows[:36]:
         row["AFIB"] = "0"
     rows[39]["patient_id"] = rows[36]["patient_id"] = "p0"
     write_table("clinic.csv", rows)
     train("--out", "again")
     out = capsys.readouterr().out
-    assert "no training record has AFIB" in out and "1 patients are in more than one" in out
+    assert "no training record has AFIB" in out and "no validation record has AFIB" in out
+    assert "1 patients are in more than one" in out
     args = post_train.parse(["--task", "some/clinic.csv"])
     assert args.out == "runs/clinic-frac1-post-seed0"
 
@@ -315,6 +322,7 @@ def test_external_validation(trained, tmp_path, fails, capsys):
     evaluate.main(["run/best.pt", "--data", str(other), "--task", str(tmp_path / "georgia.csv"),
                    "--fold", "all", "--json", "s.json"])
     out, scores = capsys.readouterr().out, json.load(open("s.json"))
+    assert f"run/predictions-georgia-georgia-all.npz: predictions of {N} records" in out
     assert "classes left out: PVC of georgia.csv; noise of run/best.pt" in out
     write_table(tmp_path / "none.csv", [{"record": row["record"], "PVC": 1} for row in rows[1:]])
     argv = ["run/best.pt", "--data", str(other), "--task", str(tmp_path / "none.csv")]

@@ -401,6 +401,7 @@ def test_unreadable_records_are_left_out_on_request(run, demo, tmp_path, monkeyp
     fails(post_train.main, arguments(demo, tmp_path / "run"), "2 records", "--skip-unreadable")
     out, scores = run(demo, "--skip-unreadable", *ONE_PROBE), tmp_path / "scores.json"
     assert f"{(labels.fold <= 8).sum() - 1} records to train" in run.out
+    assert "2 of 60 records cannot be read and are left out" in run.out
     monkeypatch.chdir(tmp_path)
     for more in ([], ["--data", "demo"]):  # the checkpoint remembers
         evaluate.main([str(out / "best.pt"), "--json", str(scores), *more])

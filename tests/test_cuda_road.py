@@ -121,7 +121,7 @@ def test_inference(fake, monkeypatch):
     ([], "1", 1)])
 def test_a_run_takes_its_gpu(two_gpus, demo_set, tmp_path, monkeypatch, options, rank, index):
     """From the options to the training and to the test fold, which are left out here."""
-    def predict_folds(path, folds, root, device):
+    def predict_folds(path, folds, root, task, device, skip_unreadable):
         seen.append((*folds, device))
         y = np.eye(2, dtype=int)
         return {"y_true": y, "y_prob": y, "patient_id": None,

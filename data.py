@@ -50,6 +50,7 @@ TASKS = {           # its columns: which flags the task's statements, which name
     "rhythm12": ("rhythm", STATEMENT),
 }
 PTBXL_COLUMNS = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_hr")
+LABELS = {"0": 0, "1": 1, "False": 0, "True": 1}    # cells of a class in such a table
 NOT_CLASSES = ("record", "ecg_id", "patient_id", "fold")    # columns of a table of one's own
 PREPROCESSING = ("filter", "zscore", "raw")
 
@@ -113,12 +114,14 @@ def read_table(root, task):
     if is_own(task):
         path, record = Path(task), "record"
     rows = read_csv(path, [record] if is_own(task) else PTBXL_COLUMNS)
+    for row in rows:
+        row[record] = without_ending(row[record].strip())
     ecg_id = identifiers(rows, "ecg_id" if "ecg_id" in rows[0] else record)
-    table = Table(path, rows, ecg_id, [str(without_ending(row[record].strip())) for row in rows])
+    table = Table(path, rows, ecg_id, [row[record] for row in rows])
     for i, name in enumerate(table.records):
         if "ecg_id" in rows[i] and not cell_of(rows[i], "ecg_id"):
             raise table.bad_cell(i, "ecg_id", "an id for each record")
-        if name == "." or os.path.isabs(name) or ".." in Path(name).parts:
+        if not name or os.path.isabs(name) or ".." in Path(name).parts:
             raise table.bad_cell(i, record, f"a path inside {root}, relative to it")
     for what, values in (("record", table.records), ("ecg_id", table.ecg_id.tolist())):
         value, count = Counter(values).most_common(1)[0]
@@ -260,11 +263,10 @@ def read_own_labels(table):
     y = np.empty((len(table.rows), len(classes)), np.uint8)
     for i, row in enumerate(table.rows):
         for c, name in enumerate(classes):
-            cell = {"False": "0", "True": "1"}.get(row[name].strip(), cell_of(row, name))
-            if cell not in ("0", "1"):
+            if cell_of(row, name) not in LABELS:
                 raise table.bad_cell(i, name, f"0 or 1, as {name} is taken for a class: all but "
                                      f"{', '.join(NOT_CLASSES)} are")
-            y[i, c] = cell == "1"
+            y[i, c] = LABELS[cell_of(row, name)]
     patients, people = -1 - np.arange(len(y)), table.records
     if "patient_id" in columns:
         patients = identifiers(table.rows, "patient_id")
@@ -304,8 +306,7 @@ def parse_leads(text):
 
 def without_ending(path):
     """A record's path without the extension of one of its files."""
-    path = Path(path)
-    return path.with_suffix("") if path.suffix in (".hea", ".dat", ".mat") else path
+    return re.sub(r"\.(hea|dat|mat)$", "", str(path))
 
 
 def read_record(path, leads=LEADS):

@@ -335,7 +335,8 @@ def shared_classes(names, classes):
 
 def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadable=False):
     """Predict the records of `folds` with a checkpoint -> (dict of arrays: ecg_id, patient_id,
-    classes, y_true, y_prob, features (N, 1024); lines on what is left out, or "").
+    classes, y_true, y_prob, features (N, 1024); [a line on the classes left out, one on the
+    records, or None]).
 
     root, task: of another set than the one it was trained on; classes are matched by name.
     """
@@ -364,7 +365,7 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     features, logits = np.split(out, [-len(classes[1])], axis=1)
     return {"ecg_id": labels.ecg_id, "patient_id": labels.patient_id, "classes": np.array(shared),
             "y_true": labels.y[:, theirs], "y_prob": probabilities(logits)[:, mine],
-            "features": features}, "\n".join(filter(None, (note, cache.left_out())))
+            "features": features}, [note, cache.left_out()]
 
 
 def load_predictions(path):
@@ -496,7 +497,7 @@ def find_records(paths):
         if path.is_dir():
             records += sorted(header.with_suffix("") for header in path.rglob("*.hea"))
         else:
-            records.append(data.without_ending(path))
+            records.append(Path(data.without_ending(path)))
     if not records:
         raise InputError(f"{', '.join(map(str, paths))}: holds no WFDB record; wanted .hea headers "
                          "and their signal files")
@@ -554,7 +555,8 @@ def plot_record(record, leads, path):
     import wfdb
     signal, fs = data.read_record(record, leads)
     signal = np.stack([data.fill_gaps(lead) for lead in signal[:, :int(10 * fs)].astype(float)]).T
-    grids = "all" if np.ptp(signal, axis=0).max() < 50 else []  # wfdb would draw lines for hours
+    # In the wrong unit, millivolts would have so many lines that wfdb draws for hours.
+    grids = "all" if np.ptp(signal, axis=0).max() < 50 else []
     figure = wfdb.plot_items(
         signal=signal, fs=fs, sig_name=list(leads), sig_units=["mV"] * len(leads),
         time_units="seconds", ecg_grids=grids, figsize=(16, 1 + 1.75 * len(leads)),
@@ -653,12 +655,12 @@ def run(args):
         if path.endswith(".npz"):
             models[path] = load_predictions(path)
             continue
-        found, note = predict_folds(path, folds, args.data, args.task, device,
-                                    args.skip_unreadable)
+        found, left_out = predict_folds(path, folds, args.data, args.task, device,
+                                        args.skip_unreadable)
         models[path] = {k: v for k, v in found.items() if k != "features" or args.features}
         out = output_of(args, path)
         data.write_atomically(out, lambda temporary: save_arrays(temporary, models[path]))
-        notes += [note, f"{out}: predictions of {len(found['y_true']):,} records"]
+        notes += [*left_out, f"{out}: predictions of {len(found['y_true']):,} records"]
     names, models = names_of(args.models), [models[path] for path in args.models]
     if len(models) == 1:
         m = models[0]

@@ -279,8 +279,9 @@ def load_pretrained(model, path, head=False, leads=None):
     into `model`; returns how many of the file's leads were left out.
 
     Without `head` everything but `dense` is loaded, whether or not the file holds one. leads: the
-    names of the model's; of those of the file (of the official ones: all twelve, or I) the others
-    are left out, which is the same as if they were zero. See `load_state` for what is refused.
+    names of the model's; of those of the file (where it names none: all twelve, I alone, or these)
+    the others are left out, which is the same as if they were zero. See `load_state` for what is
+    refused.
     """
     checkpoint = read_checkpoint(path)
     state, left_out = checkpoint["state_dict"], 0

@@ -122,7 +122,7 @@ def plateaus(aurocs, patience=10, threshold=1e-4):
     """How often torch's ReduceLROnPlateau(mode="max", patience=10) would have reduced the rate."""
     best, waited, reductions = -math.inf, 0, 0
     for value in aurocs:
-        if value is not None and value > best * (1 + threshold):
+        if value > best * (1 + threshold):
             best, waited = value, 0
         else:
             waited += 1
@@ -267,8 +267,7 @@ def infer_all(function, split, device, amp):
 
 
 def validate(function, split, device, amp):
-    """Mean loss, macro AUROC and macro AUPRC of one fold (None where undefined), by the one metric
-    of evaluate.py."""
+    """Mean loss, macro AUROC and macro AUPRC of one fold, by the one metric of evaluate.py."""
     logits, y = infer_all(function, split, device, amp), split.y.cpu()
     loss = float(F.binary_cross_entropy_with_logits(torch.from_numpy(logits), y))
     if not math.isfinite(loss):
@@ -467,7 +466,7 @@ def load_splits(args, device, world):
                          "negatives, so that it can choose no epoch; wanted a `fold` column that "
                          "shares them out")
     train = data.subset(of_fold["folds 1-8"], args.frac, args.seed)
-    notes = notes_on(labels, train, list(of_fold.values()))
+    notes = notes_on(labels, train, of_fold)
     if data.is_own(args.task):
         notes.insert(0, f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
     digest, splits = hashlib.sha256(), []
@@ -480,14 +479,14 @@ def load_splits(args, device, world):
     return described, notes, *splits
 
 
-def notes_on(labels, train, sets):
+def notes_on(labels, train, of_fold):
     """What a user should know of the records `train` and of the three sets, as lines to print."""
-    notes, looked_at = [], {"training": train, "validation": sets[1]}
-    for name, index in looked_at.items():
+    notes = []
+    for name, index in (("training", train), ("validation", of_fold["fold 9"])):
         absent = [c for c, n in zip(labels.classes, labels.y[index].sum(0)) if not n]
         if absent:
             notes.append(f"no {name} record has {', '.join(absent)}")
-    patients = [set(labels.patient_id[index].tolist()) for index in sets]
+    patients = [set(labels.patient_id[index].tolist()) for index in of_fold.values()]
     shared = set.union(*(a & b for a, b in itertools.combinations(patients, 2)))
     if shared:
         notes.append(f"{len(shared)} patients are in more than one of training, validation and "
@@ -548,7 +547,7 @@ def save_best(run):
     finetuned = stages_of(run.args)[1].epochs > 0
     stages_of_best = ["finetune", "interpolate"] if finetuned else ["probe"]
     for name, stages in (("probe.pt", ["probe"]), ("best.pt", stages_of_best)):
-        auroc = {i: line["macro_auroc"] or 0.0 for i, line in enumerate(run.history)
+        auroc = {i: line["macro_auroc"] for i, line in enumerate(run.history)
                  if line["stage"] in stages}
         if run.rank == 0 and max(auroc, key=auroc.get, default=None) == len(run.history) - 1:
             save(run, name)
@@ -717,8 +716,9 @@ def post_train(args):
     # The cache comes before the group: it may take longer than ranks wait for each other.
     cache = data.build_cache(args.data, args.task, args.preprocess, args.leads,
                              skip_unreadable=args.skip_unreadable)
-    if rank == 0 and cache.left_out():
-        print(cache.left_out())
+    left_out = cache.left_out()
+    if rank == 0 and left_out:
+        print(left_out)
     busy = "another process is training there; wait for it, or give another --out"
     with data.locked(out, OUTPUTS, busy) if rank == 0 else nullcontext():
         train_in_group(args, device, rank, world)

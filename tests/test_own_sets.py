@@ -114,13 +114,13 @@ def test_names_of_columns(clinic, fails):
     text = open("clinic.csv").read()
     with open("spaced.csv", "w") as f:
         f.write(text.replace("fold", " fold ", 1).replace(",", ", "))
-    spaced = data.read_table(".", "spaced.csv")
     assert data.load_labels(".", "spaced.csv").classes == CLASSES
-    assert spaced.records == data.read_table(".", "clinic.csv").records
     ended = [row | {"record": f"{row['record']}.hea", "AFIB": str(row["AFIB"] == "1")}
              for row in rows_of()]
     write_table("ended.csv", ended)
-    assert data.read_table(".", "ended.csv").records == spaced.records
+    for name in ("spaced.csv", "ended.csv"):
+        table, plain = data.read_table(".", name), data.read_table(".", "clinic.csv")
+        assert table.records == plain.records and list(table.ecg_id) == list(plain.ecg_id)
     assert np.array_equal(*(data.load_labels(".", f"{n}.csv").y for n in ("ended", "clinic")))
     with open("indexed.csv", "w") as f:
         f.writelines(f"{i or ''},{line}" for i, line in enumerate(text.splitlines(True)))
@@ -277,6 +277,18 @@ def test_one_lead_from_records_to_a_prediction(clinic, tiny, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["run/best.pt", "--record", "ecg/r3"])
     assert "has no lead II (it has i)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size, grids", [(1, "all"), (3000, [])])
+def test_a_record_in_wrong_units_is_drawn_without_a_grid(tmp_path, monkeypatch, size, grids):
+    """Its lines for each 0.1 mV would be without end."""
+    import matplotlib.pyplot as plt
+    import wfdb
+    write_record(tmp_path / "r", size * ecg(1, 5000, 500, RNG), NAMES, gain=5)
+    seen = []
+    monkeypatch.setattr(wfdb, "plot_items", lambda **k: seen.append(k) or plt.figure())
+    evaluate.plot_record(tmp_path / "r", data.LEADS, tmp_path / "r.png")
+    assert seen[0]["ecg_grids"] == grids and (tmp_path / "r.png").exists()
 
 
 # --------------------------------------------------------------------------------------- other sets

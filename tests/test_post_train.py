@@ -172,8 +172,8 @@ def test_plateau_is_torchs(seed):
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
         reference.step(auroc)
     assert rate < 1e-4  # it did come down
-    undefined = [0.9] + [None] * 11  # no improvement
-    assert [post_train.plateaus(undefined[:n]) for n in (11, 12)] == [0, 1]
+    flat = [0.9] * 12  # no improvement
+    assert [post_train.plateaus(flat[:n]) for n in (11, 12)] == [0, 1]
 
 
 def test_optimizers():
@@ -287,8 +287,8 @@ def test_scores_are_those_of_fold_9_and_the_best_is_kept(undisturbed, demo_set, 
     ("4", ["probe.pt", "probe.pt", "best.pt", "best.pt", "", "", "", "best.pt"]),
     ("0", ["probe.pt best.pt", "probe.pt best.pt"])])
 def test_the_best_is_of_fine_tuning_where_there_is_any(monkeypatch, epochs, wanted):
-    """And of the earliest of equals, and of no line whose score is undefined."""
-    aurocs = {"probe": (0.8, 0.9), "finetune": (0.5, 0.7, 0.7, None), "interpolate": (0.7, 0.8)}
+    """And of the earliest of equals."""
+    aurocs = {"probe": (0.8, 0.9), "finetune": (0.5, 0.7, 0.7, 0.6), "interpolate": (0.7, 0.8)}
     lines = [{"stage": stage, "epoch": i, "macro_auroc": value}
              for stage, values in aurocs.items() for i, value in enumerate(values, 1)]
     args = parse("--probe-epochs", "2", "--epochs", epochs)

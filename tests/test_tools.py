@@ -220,7 +220,8 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="post-0.1-3 has failed"):
         experiment.main([*argv, "post"])
     assert len(calls) == 1
-    experiment.main([*argv, "post", "--hz100"])
+    experiment.main([*argv, "post", "--hz100", "--", "--epochs", "3"])
+    assert post_train.parse(calls[-2][3:]).epochs == 3
     assert all(words[1].endswith("hz100.py") for words in calls[1:])
     assert {words[2] for words in calls[1:]} == {"post_train.py", "evaluate.py"}
 
@@ -232,7 +233,7 @@ def test_a_network_at_100_hz(tiny, demo_set, tmp_path, monkeypatch):
              f"--epochs 1 --device cpu --out {out}")
     for command in (train, f"evaluate.py {out}/best.pt --device cpu"):
         with monkeypatch.context() as m:
-            m.setattr(sys, "argv", [])
+            m.setattr(sys, "argv", ["hz100.py"])
             m.setattr(data, "load_records", data.load_records)  # put back afterwards
             hz100.main(command.split())
     found = np.load(out / "predictions.npz")

@@ -1,5 +1,5 @@
 """Run a script of this project on the network at 100 Hz: every fifth sample of the cache, which its
-band-pass to 40 Hz allows. An epoch takes a quarter to a fifth of the time.
+band-pass to 40 Hz allows: a fifth of the arithmetic.
 
     python tests/tools/hz100.py post_train.py --data target --task all71 --weights none
     python tests/tools/hz100.py evaluate.py runs/all71-frac1-post-seed0/best.pt
@@ -7,6 +7,7 @@ band-pass to 40 Hz allows. An epoch takes a quarter to a fifth of the time.
 For experiments where time is short: the checkpoints are of use with this tool alone, and
 ECGFounder's weights, which are of 500 Hz, are not for it.
 """
+import argparse
 import runpy
 import sys
 from pathlib import Path
@@ -16,7 +17,10 @@ STEP = 5
 
 
 def main(argv=None):
-    script, *options = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("script", choices=("post_train.py", "evaluate.py"))
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="the script's own")
+    args = parser.parse_args(argv)
     sys.path.insert(0, str(ROOT))
     import data
     load_records = data.load_records
@@ -26,8 +30,8 @@ def main(argv=None):
         return labels, signals[..., ::STEP]
 
     data.load_records = load_thinned
-    sys.argv = [script, *options]
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    sys.argv = [args.script, *args.options]
+    runpy.run_path(str(ROOT / args.script), run_name="__main__")
 
 
 if __name__ == "__main__":

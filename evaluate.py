@@ -335,8 +335,8 @@ def shared_classes(names, classes):
 
 def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadable=False):
     """Predict the records of `folds` with a checkpoint -> (dict of arrays: ecg_id, patient_id,
-    classes, y_true, y_prob, features (N, 1024); [a line on the classes left out, one on the
-    records, or None]).
+    classes, y_true, y_prob, features (N, 1024); lines on classes and records left out and on
+    records that trained it, or None).
 
     root, task: of another set than the one it was trained on; classes are matched by name.
     """
@@ -356,6 +356,8 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
         raise InputError(f"{root}: holds no record of {task} in fold "
                          f"{', '.join(map(str, folds))}; see --fold, --task and --data")
     theirs, mine = ([some.index(c) for c in shared] for some in classes)
+    seen = same_set and not set(folds).isdisjoint(data.TRAIN_FOLDS)
+    warning = f"folds 1-8 trained {path}: its scores on them say little" if seen else None
 
     def features_and_logits(x):
         features = model.forward_features(x)
@@ -365,7 +367,7 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     features, logits = np.split(out, [-len(classes[1])], axis=1)
     return {"ecg_id": labels.ecg_id, "patient_id": labels.patient_id, "classes": np.array(shared),
             "y_true": labels.y[:, theirs], "y_prob": probabilities(logits)[:, mine],
-            "features": features}, [note, cache.left_out()]
+            "features": features}, [note, cache.left_out(), warning]
 
 
 def load_predictions(path):

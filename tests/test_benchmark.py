@@ -47,13 +47,13 @@ def test_rows_for_a_gpu_run_on_a_cpu_too(tiny, monkeypatch):
     monkeypatch.setattr(benchmark, "floor_of", lambda *a: (1.0, 100.0))
     monkeypatch.setattr(torch, "compile", lambda net: net)
     monkeypatch.setattr(torch, "float16", torch.bfloat16)  # which CPUs are fast at
-    rows = [*benchmark.steps("step", SMALL, (None, torch.float16, torch.bfloat16), (False, True)),
+    rows = [*benchmark.steps("step", SMALL, (None, torch.float16), (False, True)),
             benchmark.resident(SMALL, n=16, size=8), benchmark.schedule(SMALL, n=16, size=8)]
-    assert len(rows) == 3 * 2 * 2 + 2 and all(r["ours"] > 0 for r in rows)
-    assert len({r["row"] for r in rows}) == 2 * 2 * 2 + 2  # fp16 goes by bf16's name here
+    assert len({r["row"] for r in rows}) == 2 * 2 * 2 + 2 and all(r["ours"] > 0 for r in rows)
     benchmark.show(rows)
 
 
+@pytest.mark.campaign
 def test_memory_is_measured_in_processes_of_their_own():
     one = argparse.Namespace(device=torch.device("cpu"), rounds=1, batch=1)
     found = benchmark.step("step", one, drop_path=0.5, memory=True)

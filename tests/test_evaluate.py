@@ -156,8 +156,13 @@ def checkpoint(tiny, trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "run") / "best.pt"
 
 
-def test_other_folds_go_to_a_file_of_their_own(checkpoint, demo_set):
+def test_other_folds_go_to_a_file_of_their_own(checkpoint, demo_set, tmp_path, capsys):
     evaluate.main([str(checkpoint), "--fold", "8", "9"])
+    assert f"folds 1-8 trained {checkpoint}" in capsys.readouterr().out
+    other = shutil.copytree(demo_set, tmp_path / "set")
+    for more in (["--fold", "9", "10"], ["--fold", "1", "--data", str(other)]):
+        evaluate.main([str(checkpoint), *more, "--out", str(tmp_path / "p.npz")])
+        assert "trained" not in capsys.readouterr().out
     labels, folder = data.load_labels(demo_set, "rhythm12"), checkpoint.parent
     found = np.load(folder / "predictions-8-9.npz")["ecg_id"].tolist()
     assert found == labels.ecg_id[np.isin(labels.fold, (8, 9))].tolist()

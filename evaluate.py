@@ -333,10 +333,15 @@ def shared_classes(names, classes):
     return shared, f"classes left out: {'; '.join(said)}" if said else None
 
 
+def place_of(root, task):
+    """Where a set is: its folder and its table, which PTB-XL's tasks share."""
+    return os.path.abspath(root), os.path.abspath(data.table_of(root, task))
+
+
 def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadable=False):
     """Predict the records of `folds` with a checkpoint -> (dict of arrays: ecg_id, patient_id,
-    classes, y_true, y_prob, features (N, 1024); lines on classes and records left out and on
-    records that trained it, or None).
+    classes, y_true, y_prob, features (N, 1024); [lines to print on classes left out, on records
+    left out, and on folds that trained it, each None where there are none]).
 
     root, task: of another set than the one it was trained on; classes are matched by name.
     """
@@ -344,8 +349,7 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     model = load_model(checkpoint, path, device)
     root, task = root or checkpoint["data"], task or checkpoint["task"]
     made = task, checkpoint["preprocessing"], checkpoint["leads"]
-    absolute = os.path.abspath(task) if data.is_own(task) else task
-    same_set = (os.path.abspath(root), absolute) == (checkpoint["data"], checkpoint["task"])
+    same_set = place_of(root, task) == place_of(checkpoint["data"], checkpoint["task"])
     skip = skip_unreadable or same_set and checkpoint["args"].get("skip_unreadable", False)
     classes = data.load_labels(root, task).classes, checkpoint["classes"]
     shared, note = shared_classes((Path(task).name, str(path)), classes)

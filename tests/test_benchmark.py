@@ -53,7 +53,6 @@ def test_rows_for_a_gpu_run_on_a_cpu_too(tiny, monkeypatch):
     benchmark.show(rows)
 
 
-@pytest.mark.campaign
 def test_memory_is_measured_in_processes_of_their_own():
     one = argparse.Namespace(device=torch.device("cpu"), rounds=1, batch=1)
     found = benchmark.step("step", one, drop_path=0.5, memory=True)

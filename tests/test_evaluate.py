@@ -157,8 +157,9 @@ def checkpoint(tiny, trained, tmp_path):
 
 
 def test_other_folds_go_to_a_file_of_their_own(checkpoint, demo_set, tmp_path, capsys):
-    evaluate.main([str(checkpoint), "--fold", "8", "9"])
-    assert f"folds 1-8 trained {checkpoint}" in capsys.readouterr().out
+    for more in (["--fold", "1", "--task", "all71"], ["--fold", "8", "9"]):
+        evaluate.main([str(checkpoint), *more])
+        assert f"folds 1-8 trained {checkpoint}" in capsys.readouterr().out
     other = shutil.copytree(demo_set, tmp_path / "set")
     for more in (["--fold", "9", "10"], ["--fold", "1", "--data", str(other)]):
         evaluate.main([str(checkpoint), *more, "--out", str(tmp_path / "p.npz")])

@@ -121,7 +121,7 @@ def moments_of_training(names, kills):
     return {*must[:kills], *(len(names) * i // (n + 1) for i in range(1, n + 1))}
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=LONG)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=LONG)])
 def test_training_killed_at_many_moments(demo_set, undisturbed, tmp_path, kills):
     """Killed, resumed and killed again early in that, and resumed: equal to the undisturbed run,
     weights bit for bit."""

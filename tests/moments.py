@@ -1,27 +1,23 @@
-"""Run a script of the project with a small network and kill it (SIGKILL) at one of its moments.
+"""Kill a script of the project (SIGKILL) at one of its moments.
 
-    python tests/moments.py LIST 0 FOLDER post_train.py ...     # to the end; their names go to LIST
-    python tests/moments.py LIST 37 FOLDER post_train.py ...    # end at the 37th moment
-
-Moments: each file below FOLDER that is opened, renamed or removed, by the script's workers too;
+Moments: each file below a folder that is opened, renamed or removed, by the script's workers too;
 each call of os.fsync and of a module of the network; and a checkpoint of which half is written.
 Their order is the same in every run of one process.
 """
-import atexit
 import json
 import multiprocessing
 import os
 import re
-import runpy
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
-import tiny
 
-
+@contextmanager
 def watch(listing, kill_at, folder):
-    """Begin to count; returns the function that counts a moment."""
+    """Count the moments of this process and its workers and kill it at one of them. kill_at: its
+    number, 0: never; then the names of all are written to `listing`."""
     counter, names, script = multiprocessing.get_context("fork").Value("q"), [], os.getpid()
     fsync = os.fsync
 
@@ -41,19 +37,19 @@ def watch(listing, kill_at, folder):
             if str(args[0]).startswith(folder):
                 moment(f"{event} {os.path.basename(args[0])}")
 
-    def write():
-        if os.getpid() == script:
-            elsewhere = ["in a worker"] * (counter.value - len(names))
-            Path(listing).write_text(json.dumps(names + elsewhere))
-
     def fsync_and_watch(descriptor):
         moment("os.fsync")
         fsync(descriptor)
 
     sys.addaudithook(audit)
     os.fsync = fsync_and_watch
-    atexit.register(write)
-    return moment
+    watch_network(moment)
+    try:
+        yield
+    finally:
+        if os.getpid() == script:
+            elsewhere = ["in a worker"] * (counter.value - len(names))
+            Path(listing).write_text(json.dumps(names + elsewhere))
 
 
 def watch_network(moment):
@@ -70,14 +66,3 @@ def watch_network(moment):
 
     torch.save = save_and_watch
     torch.nn.modules.module.register_module_forward_pre_hook(called)
-
-
-if __name__ == "__main__":
-    listing, kill_at, folder, name, *arguments = sys.argv[1:]
-    sys.path.insert(0, str(tiny.ROOT))
-    moment = watch(listing, int(kill_at), folder)
-    if name == "post_train.py":
-        tiny.shrink()
-        watch_network(moment)
-    sys.argv = [name, *arguments]
-    runpy.run_path(str(tiny.ROOT / name), run_name="__main__")

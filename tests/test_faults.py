@@ -8,8 +8,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,12 +18,11 @@ import data
 import evaluate
 import model as network
 import post_train
-from helpers import ROOT, TESTS, assert_same_run, history
+from helpers import assert_same_run, history
 from make_demo import make_demo
+from processes import end, start
 
 LONG = pytest.mark.campaign
-PROCESS = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT,
-           "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
 
 
 def arguments(root, out, *more):
@@ -34,23 +31,12 @@ def arguments(root, out, *more):
     return ["--data", str(root), "--out", str(out), *options.split(), *more]
 
 
-def command(*words):
-    """The command line of a script of tests/."""
-    return [sys.executable, *map(str, (TESTS / words[0], *words[1:]))]
-
-
 def killed(at, folder, *words):
     """Run a script up to the moment `at` of `folder`, 0: to the end, when the names of all are
-    written; returns whether it was killed. Its workers have to end, too, as they hold stderr."""
-    call = command("moments.py", f"{folder}.list", at, folder, *words)
-    process = subprocess.Popen(call, start_new_session=True, **PROCESS)
-    try:
-        _, errors = process.communicate(timeout=300)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode in (0, -signal.SIGKILL), errors
-    return process.returncode != 0
+    written; returns whether it was killed."""
+    status, errors = end(*start(*words, moment=(f"{folder}.list", at, str(folder))))
+    assert status in (0, -signal.SIGKILL), errors
+    return status != 0
 
 
 def content(folder):
@@ -180,10 +166,9 @@ def test_ctrl_c_ends_the_run_within_a_step(tiny, demo_set, tmp_path, monkeypatch
 
 def error_where_files_cannot_grow(limit, *words):
     """Run a script where no file can have more than `limit` bytes, as on a full disk."""
-    limited = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    done = subprocess.run(command("tiny.py", *words), preexec_fn=limited, **PROCESS)
-    lines = [line for line in done.stderr.splitlines() if line and "%|" not in line]
-    assert done.returncode == 2 and len(lines) == 1 and "make room" in lines[0], done.stderr
+    status, errors = end(*start(*words, largest_file=limit))
+    lines = [line for line in errors if line and "%|" not in line]
+    assert status == 2 and len(lines) == 1 and "make room" in lines[0], errors
     return lines[0]
 
 
@@ -194,8 +179,8 @@ def test_a_full_disk_keeps_the_checkpoints(demo_set, undisturbed, tmp_path):
     assert "last.pt: cannot be written" in error and "--resume" in error
     assert network.read_checkpoint(tmp_path / "last.pt")["stage"] == "probe"
     assert not temporaries(tmp_path)
-    again = subprocess.run(command("tiny.py", "post_train.py", *call, "--resume"), **PROCESS)
-    assert again.returncode == 0, again.stderr
+    status, errors = end(*start("post_train.py", *call, "--resume"))
+    assert status == 0, errors
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -236,9 +221,9 @@ def test_five_processes_on_one_folder(demo, demo_set, undisturbed, tmp_path):
         prediction = ("--out", tmp_path / f"p{i}.npz", "--json", tmp_path / f"p{i}.json")
         calls += [("evaluate.py", undisturbed / "best.pt", "--data", demo, *prediction),
                   ("post_train.py", *arguments(demo, tmp_path / f"run{i}"))]
-    for process in [subprocess.Popen(command("tiny.py", *call), **PROCESS) for call in calls]:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+    for started in [start(*call) for call in calls]:
+        status, errors = end(*started)
+        assert status == 0, errors
     for i in range(2):
         assert_same_run(tmp_path / f"run{i}", undisturbed)
         scores = (tmp_path / f"p{i}.json").read_text()

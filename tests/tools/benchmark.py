@@ -90,17 +90,17 @@ def made_up_set(root, n):
     return [root / name for name in names]
 
 
-def feed(args):
-    paths = made_up_set(args.folder / "feed", 256)
+def feed(args, n=256):
+    paths = made_up_set(args.folder / "feed", n)
     signals = np.load(data.build_cache(args.folder / "feed").array, mmap_mode="r")
-    index = np.split(np.random.default_rng(0).permutation(256), 4)
+    index = np.split(np.random.default_rng(0).permutation(n), 4)
     first = [paths[i] for i in index[0]]
     ways = {"ours": lambda: [None for _ in data.batches(signals, index)],
             "obvious": lambda: list(map(plain.read_and_filter, first))}
     batch = next(data.batches(signals, index))
     agreement, t = same(batch, ways["obvious"](), 2e-2), side_by_side(ways, args.rounds)
-    return row("feed one epoch", {**t, "obvious": 4 * t["obvious"]}, "batches of 64, float32", 256,
-               f"{agreement} (float16)", "100x")
+    return row("feed one epoch", {**t, "obvious": 4 * t["obvious"]},
+               f"batches of {n // 4}, float32", n, f"{agreement} (float16)", "100x")
 
 
 def cache(args):

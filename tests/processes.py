@@ -1,0 +1,75 @@
+"""Scripts of the project in processes of their own, with the small network of tiny.py.
+
+The processes are forked from a server that has imported the libraries, which saves each of them
+seconds."""
+import functools
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import sys
+from contextlib import suppress
+
+import moments
+import tiny
+
+LIBRARIES = ("torch.utils.data", "torch.distributed.nn", "wfdb", "scipy.ndimage", "scipy.signal")
+PATIENCE = 300      # seconds without a word
+
+
+@functools.cache
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(LIBRARIES))
+    return context
+
+
+def start(*words, largest_file=None, moment=None):
+    """Start the script words[0] with the other words as its arguments; for `end`.
+
+    largest_file: in bytes, as on a full disk. moment: (listing, number, folder) for moments.watch.
+    """
+    errors, theirs = server().Pipe(duplex=False)
+    words = list(map(str, words))
+    process = server().Process(target=script, args=(theirs, words, largest_file, moment))
+    process.start()
+    theirs.close()
+    return process, errors
+
+
+def end(process, errors):
+    """(exit status, lines of stderr) when the process and its workers, which hold stderr too, have
+    ended."""
+    text = b""
+    try:
+        while errors.poll(PATIENCE):
+            part = os.read(errors.fileno(), 2**16)
+            if not part:
+                break
+            text += part
+        else:
+            raise AssertionError(f"no end of {process}: {text.decode()}")
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return process.exitcode, text.decode().splitlines()
+
+
+def script(errors, words, largest_file, moment):
+    """In the new process."""
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    os.setsid()
+    os.chdir(tiny.ROOT)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(errors.fileno(), 2)
+    errors.close()
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    import torch
+    torch.set_num_threads(1)
+    tiny.shrink()
+    with moments.watch(*moment) if moment else suppress():
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")

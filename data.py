@@ -175,14 +175,15 @@ def identifiers(rows, column):
 
 
 def cell_of(row, column):
-    """A cell without spaces around it, and as pandas writes whole numbers, without their ".0"."""
-    return row[column].strip().removesuffix(".0")
+    """A cell without spaces around it, and a whole number without the ".0" that pandas adds."""
+    return re.sub(r"^(-?\d+)\.0$", r"\1", row[column].strip())
 
 
 # ------------------------------------------------------------------------------------------- labels
 
 class Labels(NamedTuple):
     ecg_id: np.ndarray      # (N,) int64 or str
+    record: np.ndarray      # (N,) str: paths of WFDB records, relative to the set's folder
     patient_id: np.ndarray  # (N,) int64 or str; a negative number where the patient is unknown
     fold: np.ndarray        # (N,) int64, 1 to 10
     y: np.ndarray           # (N, L) uint8
@@ -191,7 +192,7 @@ class Labels(NamedTuple):
 
     def take(self, chosen):
         """The records of an index or a mask."""
-        return Labels(*(field[chosen] for field in self[:5]), self.classes)
+        return Labels(*(field[chosen] for field in self[:-1]), self.classes)
 
 
 def load_labels(root, task):
@@ -223,8 +224,7 @@ def read_ptbxl_labels(root, task, table):
             if class_of[code] is not None:
                 y[i, place[class_of[code]]] = 1
     patients, folds = identifiers(table.rows, "patient_id"), read_folds(table, "strat_fold")
-    labels = Labels(table.ecg_id, patients, folds, y, np.arange(len(y)), classes)
-    return labels.take(y.any(1))
+    return labels_of(table, patients, folds, y, classes).take(y.any(1))
 
 
 def read_classes(root, task):
@@ -280,7 +280,13 @@ def read_own_labels(table):
         folds = read_folds(table, "fold")
     else:  # by a hash, so that a patient is in the same fold in every table and on every machine
         folds = np.array([1 + zlib.crc32(name.encode()) % 10 for name in people])
-    return Labels(table.ecg_id, patients, folds, y, np.arange(len(y)), classes)
+    return labels_of(table, patients, folds, y, classes)
+
+
+def labels_of(table, patients, folds, y, classes):
+    """The labels of a table's records, row by row."""
+    return Labels(table.ecg_id, np.array(table.records), patients, folds, y, np.arange(len(y)),
+                  classes)
 
 
 def subset(index, frac, seed):
@@ -796,10 +802,12 @@ def main(argv=None):
     try:
         if args.workers < 1:
             raise InputError(f"--workers is {args.workers}; wanted at least 1")
+        check_task(args.task)
+        leads = parse_leads(args.leads)
         if args.download:
             download(args.data, args.url)
-        cache = build_cache(args.data, args.task, args.preprocess, parse_leads(args.leads),
-                            args.workers, args.skip_unreadable)
+        cache = build_cache(args.data, args.task, args.preprocess, leads, args.workers,
+                            args.skip_unreadable)
         marks, size = np.load(cache.marks), cache.array.stat().st_size
         print(f"{cache.array}: {marks.sum():,} records, {size / 1e9:.2f} GB")
         if not marks.all():

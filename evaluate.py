@@ -132,9 +132,15 @@ def score(y_true, y_prob, patient_id=None):
     return Scores(np.stack(auroc_auprc(y_true, y_prob)), bootstrap(y_true, y_prob, patient_id))
 
 
-def interval(draws):
-    """95 % intervals over the first axis, the draws: (D, ...) -> (..., 2)."""
-    return np.moveaxis(np.percentile(draws, (2.5, 97.5), axis=0), 0, -1)
+def interval(point, draws):
+    """95 % intervals by the basic bootstrap (Davison and Hinkley 1997): (...), (D, ...) ->
+    (..., 2).
+
+    The draws are mirrored at the point: they lie above or below it as it does the truth. Average
+    precision of few positives is too high on average, and the draws' percentiles higher still.
+    """
+    low, high = np.percentile(draws, (2.5, 97.5), axis=0)
+    return np.stack([2 * point - high, 2 * point - low], axis=-1)
 
 
 def best_thresholds(y_true, y_prob):
@@ -164,7 +170,7 @@ def report(scores, y_true, classes):
     """Scores as plain data: macro AUROC and AUPRC with 95 % intervals, per class, undefined
     classes; None if undefined."""
     point, draws = macro(scores.point), macro(scores.draws)
-    ci = interval(draws)
+    ci = np.clip(interval(point, draws), 0, 1)
     names = [f"macro_{metric}" for metric in METRICS]
     auroc, auprc = map(plain, scores.point)
     positives = np.sum(y_true, axis=0).tolist()
@@ -186,7 +192,7 @@ def difference(a, b, classes, top=5):
     the two differences.
     """
     base, point = macro(a.point), macro(b.point) - macro(a.point)
-    ci = interval(macro(b.draws) - macro(a.draws))
+    ci = interval(point, macro(b.draws) - macro(a.draws))
     gain = np.divide(100 * point, base, out=np.full(2, np.nan), where=base > 0)
     out = {}
     for i, name in enumerate(METRICS):
@@ -333,15 +339,10 @@ def shared_classes(names, classes):
     return shared, f"classes left out: {'; '.join(said)}" if said else None
 
 
-def place_of(root, task):
-    """Where a set is: its folder and its table, which PTB-XL's tasks share."""
-    return os.path.abspath(root), os.path.abspath(data.table_of(root, task))
-
-
 def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadable=False):
     """Predict the records of `folds` with a checkpoint -> (dict of arrays: ecg_id, patient_id,
     classes, y_true, y_prob, features (N, 1024); [lines to print on classes left out, on records
-    left out, and on folds that trained it, each None where there are none]).
+    left out, and on records that trained it, each None where there are none]).
 
     root, task: of another set than the one it was trained on; classes are matched by name.
     """
@@ -349,8 +350,8 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     model = load_model(checkpoint, path, device)
     root, task = root or checkpoint["data"], task or checkpoint["task"]
     made = task, checkpoint["preprocessing"], checkpoint["leads"]
-    same_set = place_of(root, task) == place_of(checkpoint["data"], checkpoint["task"])
-    skip = skip_unreadable or same_set and checkpoint["args"].get("skip_unreadable", False)
+    same_folder = os.path.abspath(root) == os.path.abspath(checkpoint["data"])
+    skip = skip_unreadable or same_folder and checkpoint["args"].get("skip_unreadable", False)
     classes = data.load_labels(root, task).classes, checkpoint["classes"]
     shared, note = shared_classes((Path(task).name, str(path)), classes)
     cache = data.build_cache(root, *made, skip_unreadable=skip)
@@ -360,8 +361,9 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
         raise InputError(f"{root}: holds no record of {task} in fold "
                          f"{', '.join(map(str, folds))}; see --fold, --task and --data")
     theirs, mine = ([some.index(c) for c in shared] for some in classes)
-    seen = same_set and not set(folds).isdisjoint(data.TRAIN_FOLDS)
-    warning = f"folds 1-8 trained {path}: its scores on them say little" if seen else None
+    seen, warning = np.isin(labels.record, checkpoint.get("trained_on", [])).sum(), None
+    if seen:
+        warning = f"{seen:,} of these records trained {path}: its scores on them say little"
 
     def features_and_logits(x):
         features = model.forward_features(x)

@@ -287,7 +287,8 @@ class Run(NamedTuple):
     world: int
     batch_size: int         # over all processes
     model: network.ECGFounder
-    described: dict         # classes, leads, number of processes, a digest of the records
+    described: dict         # classes, leads, number of processes, a digest of the records, and the
+                            # names of those that train
     history: list           # the lines of metrics.jsonl
     state: dict             # of the optimizer and the scaler that it goes on with
 
@@ -466,7 +467,7 @@ def load_splits(args, device, world):
                          "negatives, so that it can choose no epoch; wanted a `fold` column that "
                          "shares them out")
     train = data.subset(of_fold["folds 1-8"], args.frac, args.seed)
-    notes = notes_on(labels, train, of_fold)
+    notes = [*notes_on(labels, train, of_fold), *notes_on_weights(args, labels, of_fold)]
     if data.is_own(args.task):
         notes.insert(0, f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
     digest, splits = hashlib.sha256(), []
@@ -475,7 +476,7 @@ def load_splits(args, device, world):
         y = torch.from_numpy(labels.y[index]).float().to(device)
         splits.append(Split(signals, labels.row[index], y))
     described = {"classes": labels.classes, "leads": args.leads, "processes": world,
-                 "records": digest.hexdigest()}
+                 "records": digest.hexdigest(), "trained_on": labels.record[train].tolist()}
     return described, notes, *splits
 
 
@@ -492,6 +493,17 @@ def notes_on(labels, train, of_fold):
         notes.append(f"{len(shared)} patients are in more than one of training, validation and "
                      "test: the scores will be too good")
     return notes
+
+
+def notes_on_weights(args, labels, of_fold):
+    """Whether the weights to start from, where they are of this project, have seen the test."""
+    if not os.path.isfile(args.weights):  # none, or not needed to go on
+        return []
+    trained_on = network.read_checkpoint(args.weights).get("trained_on", [])
+    seen = {name: np.isin(labels.record[of_fold[name]], trained_on).sum()
+            for name in ("fold 9", "fold 10")}
+    return [f"{n:,} records of {name} trained {args.weights}: their scores will be too good"
+            for name, n in seen.items() if n]
 
 
 def on_device(split, device):
@@ -524,7 +536,8 @@ def check_same_run(args, last, described):
     changed = [f"--{key.replace('_', '-')} was {last['args'].get(key)}, now {value}"
                for key, value in vars(args).items()
                if key not in FREE_ARGUMENTS and last["args"].get(key) != value]
-    changed += [f"{key} differ" for key, value in described.items() if last.get(key) != value]
+    changed += [f"{key} differ" for key, value in described.items()
+                if key != "trained_on" and last.get(key) != value]
     if changed or "optimizer" not in last:
         raise InputError(f"{args.out}/last.pt: this run cannot go on "
                          f"({'; '.join(changed) or 'no optimizer'}); give the same arguments and "

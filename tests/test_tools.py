@@ -118,9 +118,10 @@ def test_differences_of_settings_are_those_of_their_means(runs, capsys):
     folders, y, probs = runs
     weights = np.random.default_rng(0).exponential(size=(evaluate.DRAWS, 60))  # as bootstrap draws
     draws = np.array([evaluate.macro(np.array(evaluate.auroc_auprc(y, p, weights))) for p in probs])
-    low, high = np.percentile(draws[2:].mean(0)[0] - draws[:2].mean(0)[0], (2.5, 97.5))
     point = np.mean([by_sklearn(y, p)[0] for p in probs[2:]])
     point -= np.mean([by_sklearn(y, p)[0] for p in probs[:2]])
+    ends = np.percentile(draws[2:].mean(0)[0] - draws[:2].mean(0)[0], (97.5, 2.5))
+    low, high = point + (point - ends)
     figures.main(["--group", "2", "--differences", *folders])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "a-1 - a-0.25"

@@ -150,7 +150,8 @@ def draw_classes(path, settings):
     figure, axes = new_figure(1, 2, sharey=True, figsize=(9, tall))
     for k, (axis, metric) in enumerate(zip(axes, evaluate.METRICS)):
         for m, s in enumerate(means):
-            x, ci = s.point[k, order], evaluate.interval(s.draws[:, k, order])
+            x = s.point[k, order]
+            ci = np.clip(evaluate.interval(x, s.draws[:, k, order]), 0, 1)
             reach = np.maximum(0, [x - ci[:, 0], ci[:, 1] - x])
             y = places + 0.7 * ((count - 1) / 2 - m) / count
             axis.errorbar(x, y, xerr=reach, fmt="o", markersize=3, linewidth=1)

@@ -313,7 +313,8 @@ def test_bad_input(world, fails, script, options, spoil, words):
     line = fails(script.module.main, arguments, *words)
     assert line.startswith(f"{script.module.__name__}.py: ") and len(line) < 600
     assert "Errno" not in line or "urlopen" in line
-    assert re.search(r"wanted|fetch|make|remove|train|did you mean|give|name|--\w", line), line
+    told = line.partition(": ")[2]
+    assert re.search(r"wanted|fetch|make|remove|train|did you mean|give|name|--\w", told), line
     after = snapshot()
     assert before.items() <= after.items(), "an earlier file was touched"
     left = [path for path in after if re.match(r"\.\d+\.", Path(path).name)]

@@ -606,7 +606,7 @@ def test_two_processes_equal_one(tiny, demo_set, tmp_path):
 
 def test_the_whole_road_with_the_whole_network(demo_set, tmp_path, capsys):
     """30.7 M parameters, both stages, then evaluate.py: on 12 synthetic records."""
-    short = "--frac", "0.25", "--probe-epochs", "1", "--epochs", "1"
+    short = "--frac", "0.25", "--probe-epochs", "1", "--epochs", "1", "--no-interpolate"
     post_train.main(arguments(demo_set, tmp_path, *short))
     size = sum(value.numel() for value in weights(tmp_path).values())
     assert size == 30_752_646 - 150 * 1025 + 12 * 1025

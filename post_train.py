@@ -57,9 +57,13 @@ class Setting(NamedTuple):
 SOURCES = ("Sources of the defaults: community, a re-implementation by others, as the paper's own "
            "values could not be read; official, ECGFounder's fine-tuning recipe, which has no "
            "probe; ours, settled on fold 9 or chosen.")
+PREVIEW_STEPS = 200
+PREVIEW = f"{PREVIEW_STEPS} steps"
 RECIPE = {
-    "probe_epochs": Setting(30, 0, ("community", "official"),
-                            "epochs of preview linear probing, 0: none"),
+    "probe_epochs": Setting(PREVIEW, 0, ("ours", "official"),
+                            "epochs of preview linear probing, 0: none; a number of steps is met "
+                            "to the nearest epoch, from 1 to 30, and a probe that no fine-tuning "
+                            "follows has 30"),
     "probe_lr": Setting(1e-3, 1e-3, ("ours", "ours"), "learning rate of the probe"),
     "probe_final_lr": Setting(0.0, 0.0, ("ours", "ours")),
     "probe_schedule": Setting("cosine", "cosine", ("ours", "ours")),
@@ -99,9 +103,21 @@ class Stage(NamedTuple):
     layer_decay: float = 1.0
 
 
-def stages_of(args):
-    """The two stages of a run: RECIPE's values, or those of the command line."""
+def preview_epochs(steps, finetuned):
+    """How many epochs of `steps` steps the probe has by default.
+
+    As a preview a short one: a head that fits the old features closely leaves fine-tuning little
+    cause to better them (Ren et al. 2023).
+    """
+    return min(30, max(1, round(PREVIEW_STEPS / steps))) if finetuned else 30
+
+
+def stages_of(args, steps=1):
+    """The two stages of a run with `steps` steps an epoch: RECIPE's values, or those of the command
+    line."""
     v = {key: getattr(setting, args.strategy) for key, setting in RECIPE.items()} | vars(args)
+    if v["probe_epochs"] == PREVIEW:
+        v["probe_epochs"] = preview_epochs(steps, v["epochs"])
     probe = Stage("probe", v["probe_epochs"], v["probe_lr"], v["probe_final_lr"],
                   v["probe_schedule"], v["probe_optimizer"], v["probe_weight_decay"])
     finetune = Stage("finetune", v["epochs"], v["lr"], v["final_lr"], v["schedule"],
@@ -305,7 +321,8 @@ def train(args, device, rank=0, world=1):
     """Train both stages from where the run stands; leaves its files in args.out."""
     described, notes, train_split, val_split = load_splits(args, device, world)
     run = begin(args, device, rank, world, described, train_split, len(val_split.rows))
-    model, (probe, finetune) = run.model, stages_of(args)
+    steps = len(train_split.rows) // run.batch_size
+    model, (probe, finetune) = run.model, stages_of(args, steps)
     for note in notes:
         run.say(note)
 
@@ -557,8 +574,7 @@ def save_epoch(run, **state):
 
 def save_best(run):
     """Write best.pt, and of the probe probe.pt, where history ends with the best line so far."""
-    finetuned = stages_of(run.args)[1].epochs > 0
-    stages_of_best = ["finetune", "interpolate"] if finetuned else ["probe"]
+    stages_of_best = ["finetune", "interpolate"] if run.args.epochs else ["probe"]
     for name, stages in (("probe.pt", ["probe"]), ("best.pt", stages_of_best)):
         auroc = {i: line["macro_auroc"] for i, line in enumerate(run.history)
                  if line["stage"] in stages}
@@ -660,7 +676,7 @@ def add_recipe(parser):
     for key, setting in RECIPE.items():
         if not setting.help:
             continue
-        kind = {"type": type(setting.post)}
+        kind = {"type": type(setting.baseline)}
         if isinstance(setting.post, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         post, baseline = setting.sources
@@ -675,7 +691,7 @@ def check(args):
     data.check_task(args.task)
     data.subset([0], args.frac, 0)  # raises for a bad --frac
     good = {"epochs": (args.epochs >= 0, "at least 0"),
-            "probe_epochs": (args.probe_epochs >= 0, "at least 0"),
+            "probe_epochs": (args.probe_epochs == PREVIEW or args.probe_epochs >= 0, "at least 0"),
             "batch_size": (args.batch_size >= 1, "at least 1"),
             "seed": (0 <= args.seed < 2**32, "0 to 2^32 - 1"),
             "lr": (0 < args.lr < math.inf, "above 0"),

@@ -106,6 +106,13 @@ def test_the_published_recipes():
         "runs/all71-frac0.1-baseline-seed3")
 
 
+@pytest.mark.parametrize("steps, more, epochs", [
+    (1, "", 30), (6, "", 30), (20, "", 10), (67, "", 3), (544, "", 1), (67, "--epochs 0", 30),
+    (67, "--probe-epochs 7", 7), (67, "--strategy baseline", 0)])
+def test_length_of_the_preview(steps, more, epochs):
+    assert post_train.stages_of(parse(*more.split()), steps)[0].epochs == epochs
+
+
 def settings_of(*more):
     args = parse(*more)
     parts = {stage.name: stage._asdict() for stage in post_train.stages_of(args)}
@@ -120,7 +127,7 @@ def test_table_and_option_set_what_they_name(monkeypatch, key, setting, strategy
     named = {(stage, key.removeprefix("probe_"))} | ({("args", key)} if setting.help else set())
     before = settings_of("--strategy", strategy)
     named &= before.keys()
-    kind = type(setting.post)
+    kind = type(setting.baseline)
     value = {bool: not getattr(setting, strategy), int: 7, str: "other"}.get(kind, 0.25)
     wanted = before | dict.fromkeys(named, value)
     assert named and wanted != before
@@ -227,6 +234,18 @@ def test_batches_and_seeds_of_an_epoch():
 
 
 # -------------------------------------------------------------------------------------------- a run
+
+def test_a_preview_has_about_200_steps(tiny, demo_set, tmp_path):
+    """Of 49 steps an epoch; the run goes on with the same arguments."""
+    out = tmp_path / "run"
+    argv = arguments(demo_set, out, "--batch-size", "1", "--epochs", "1", "--no-interpolate")
+    at = argv.index("--probe-epochs")
+    argv = argv[:at] + argv[at + 2:]
+    post_train.main(argv)
+    (out / "test.json").unlink()
+    post_train.main([*argv, "--resume"])
+    assert [line["stage"] for line in history(out)] == ["probe"] * 4 + ["finetune"]
+
 
 def test_a_run_leaves_what_it_promises(run, demo_set, undisturbed):
     out = run(demo_set, "--resume")  # nothing to go on from: it begins anew

@@ -19,10 +19,11 @@ ROWS = {            # what each gives post_train.py, in the order in which they 
     "baseline": "--strategy baseline",
     "post": "",
     "preview": "--drop-path 0",
+    "long-preview": "--probe-epochs 30",
     "drop-path": "--probe-epochs 0",
     "schedule": "--probe-epochs 0 --drop-path 0 --dropout 0",
     "random-probe": "--epochs 0 --weights none",
-    "community": "--probe-lr 5e-3 --batch-size 256 --no-interpolate",
+    "community": "--probe-epochs 30 --probe-lr 5e-3 --batch-size 256 --no-interpolate",
 }
 EPOCHS = {0.1: 30, 0.3: 20, 1.0: 15}    # of fine-tuning, by the fraction
 

@@ -510,6 +510,7 @@ def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
                          "what is in its way, or copy the data to a folder that can be written "
                          "to") from None
     with locked(folder, [f"{cache.array.stem}.*"]):  # a second build waits here, for the first's
+        # A whole cache without the records that could not be read is filled in where it is.
         array = cache.array if cache.open(plan) else cache.part
         unreadable = fill(cache, array, plan, root, workers or os.cpu_count())
         if unreadable:

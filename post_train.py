@@ -573,7 +573,8 @@ def save_epoch(run, **state):
 
 
 def save_best(run):
-    """Write best.pt, and of the probe probe.pt, where history ends with the best line so far."""
+    """Write best.pt, and of the probe probe.pt, where history ends with the best line so far, whose
+    weights the model holds."""
     stages_of_best = ["finetune", "interpolate"] if run.args.epochs else ["probe"]
     for name, stages in (("probe.pt", ["probe"]), ("best.pt", stages_of_best)):
         auroc = {i: line["macro_auroc"] for i, line in enumerate(run.history)

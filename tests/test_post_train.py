@@ -431,15 +431,15 @@ def test_unreadable_records_are_left_out_on_request(run, demo, tmp_path, monkeyp
         assert json.loads(path.read_text())["n"] == (labels.fold == 10).sum() - 1
 
 
-def test_weights_that_have_seen_the_test_are_said(run, undisturbed, demo_set, tmp_path):
+def test_weights_that_have_seen_the_test_are_said(run, undisturbed, demo, tmp_path):
     """The records of an own table are dealt to folds anew."""
-    labels, table = data.load_labels(demo_set, "rhythm12"), tmp_path / "own.csv"
+    labels, table = data.load_labels(demo, "rhythm12"), tmp_path / "own.csv"
     rows = [f"{name},{i % 2}\n" for i, name in enumerate(labels.record)]
     table.write_text("record,other\n" + "".join(rows))
-    weights, fold = str(undisturbed / "best.pt"), data.load_labels(demo_set, table).fold
-    run(demo_set, "--weights", weights, *ONE_PROBE)
+    weights, fold = str(undisturbed / "best.pt"), data.load_labels(demo, table).fold
+    run(demo, "--weights", weights, *ONE_PROBE)
     assert "too good" not in run.out
-    run(demo_set, "--weights", weights, "--task", str(table), *ONE_PROBE)
+    run(demo, "--weights", weights, "--task", str(table), *ONE_PROBE)
     for k in (9, 10):
         n = ((fold == k) & (labels.fold < 9)).sum()
         assert n and f"{n} records of fold {k} trained {weights}" in run.out

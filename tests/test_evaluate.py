@@ -133,7 +133,8 @@ def test_intervals_hold_the_true_score():
     held = np.zeros(2)
     for seed in range(100):
         y, prob = made_up(400, 12, seed, 0.03)
-        points, draws = by_sklearn(y, prob), evaluate.bootstrap(y, prob, draws=100, seed=seed)
+        points = np.stack(evaluate.auroc_auprc(y, prob))
+        draws = evaluate.bootstrap(y, prob, draws=100, seed=seed)
         ends = evaluate.interval(points.mean(1), draws.mean(2))
         held += (ends[:, 0] <= true.mean(1)) & (true.mean(1) <= ends[:, 1])
     assert (held >= 85).all(), held

@@ -106,18 +106,13 @@ def check_task(task):
                          ".csv table")
 
 
-def table_of(root, task):
-    """The path of a task's table."""
-    return Path(task) if is_own(task) else Path(root, DATABASE)
-
-
 def read_table(root, task):
     """The records of a set, whether or not they have a label of the task. Raises InputError for a
     table that is missing or malformed, lists a record twice or one outside `root`."""
     check_task(task)
-    path, record, columns = table_of(root, task), "filename_hr", PTBXL_COLUMNS
+    path, record, columns = Path(root, DATABASE), "filename_hr", PTBXL_COLUMNS
     if is_own(task):
-        record, columns = "record", ["record"]
+        path, record, columns = Path(task), "record", ["record"]
     rows = read_csv(path, columns)
     for row in rows:
         row[record] = without_ending(row[record].strip())

@@ -9,7 +9,7 @@ import resource
 import runpy
 import signal
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import moments
 import tiny
@@ -70,6 +70,6 @@ def script(errors, words, largest_file, moment):
     import torch
     torch.set_num_threads(1)
     tiny.shrink()
-    with moments.watch(*moment) if moment else suppress():
+    with moments.watch(*moment) if moment else nullcontext():
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")

@@ -2,6 +2,9 @@
 checkpoints."""
 import ast
 import os
+import shutil
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -437,3 +440,11 @@ def test_each_script_imports_those_below_it_alone(name, wanted):
     found |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
               for alias in node.names}
     assert {path.stem for path in ROOT.glob("*.py")} & found == wanted
+
+
+def test_copied_without_the_others_they_import(tmp_path):
+    for name in ("model", "data"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    code = f"import data, model; assert model.__file__.startswith({str(tmp_path)!r})"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)

@@ -161,18 +161,6 @@ class Block(nn.Module):
         return self.shortcut(x).index_add(0, index, branch)
 
 
-class Level(nn.Module):
-    """A run of blocks, the first of them with stride 2. The official code calls it a stage, from
-    which come the names `stage_list` and `block_list` of the parameters."""
-
-    def __init__(self, blocks):
-        super().__init__()
-        self.block_list = nn.Sequential(*blocks)
-
-    def forward(self, x):
-        return self.block_list(x)
-
-
 class ECGFounder(nn.Module):
     """The published network under the parameter names of its checkpoint. The BatchNorm layers that
     it holds and never applies are not built. See `ecgfounder`."""
@@ -181,7 +169,7 @@ class ECGFounder(nn.Module):
         super().__init__()
         channels, rates = levels[0][0], iter(drop_path_rates)
         self.first_conv = SameConv1d(in_channels, channels, KERNEL, stride=2)
-        self.stage_list = nn.ModuleList()
+        self.stage_list = nn.ModuleList()           # levels; official names, as `block_list` is
         for i, (out_channels, n_blocks) in enumerate(levels):
             blocks = []
             for j in range(n_blocks):
@@ -190,7 +178,7 @@ class ECGFounder(nn.Module):
                 blocks.append(Block(channels, out_channels, stride, next(rates),
                                     leading_swish=i + j > 0))
                 channels = out_channels
-            self.stage_list.append(Level(blocks))
+            self.stage_list.append(nn.ModuleDict({"block_list": nn.Sequential(*blocks)}))
         self.dropout = nn.Dropout(dropout)
         self.dense = nn.Linear(channels, n_classes)
 
@@ -202,7 +190,7 @@ class ECGFounder(nn.Module):
                              f"at least {MIN_SAMPLES} samples)")
         x = F.silu(self.first_conv(x))              # (B, 64, T / 2)
         for level in self.stage_list:
-            x = level(x)                            # (B, C, T / 4) ... (B, 1024, T / 256)
+            x = level.block_list(x)                 # (B, C, T / 4) ... (B, 1024, T / 256)
         return x.mean(-1)
 
     def head(self, features):

@@ -22,19 +22,15 @@ def pytest_configure(config):
     # wfdb calls pandas in an older way.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:wfdb")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "campaign: long; runs with -m campaign only")
     config.addinivalue_line("markers", "real: needs real PTB-XL records, in the folder PTBXL_DIR")
 
 
 def pytest_collection_modifyitems(config, items):
-    long = pytest.mark.skip(reason="long: `python -m pytest -m campaign tests` runs it")
     no_gpu = pytest.mark.skip(reason="no CUDA device on this machine")
     no_data = pytest.mark.skip(reason="PTBXL_DIR does not name a folder with real PTB-XL records")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if "campaign" in item.keywords and "campaign" not in config.option.markexpr:
-            item.add_marker(long)
         if "real" in item.keywords and not os.environ.get("PTBXL_DIR"):
             item.add_marker(no_data)
 

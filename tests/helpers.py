@@ -1,9 +1,14 @@
 """What several test files use."""
 import csv
+import itertools
 import json
+import os
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 TESTS = Path(__file__).parent
@@ -48,3 +53,29 @@ def assert_same_run(a, b):
         for key, value in weights(a, name).items():
             assert torch.equal(value, weights(b, name)[key]), (name, key)
     assert Path(a, "test.json").read_text() == Path(b, "test.json").read_text()
+
+
+def temporaries(folder):
+    """The files that are being written there."""
+    return [p for p in Path(folder).rglob(".[0-9]*") if p.is_file()]
+
+
+@contextmanager
+def states_kept(folder, to, *calls):
+    """Copy `folder` to the folders 1, 2 ... of `to`, as a kill would leave it before each of these
+    calls of the module os; what is being written is there by half."""
+    numbers = itertools.count(1)
+
+    def keeping(call):
+        def keep_and_call(*args):
+            if Path(folder).exists():
+                state = shutil.copytree(folder, Path(to, str(next(numbers))))
+                for path in temporaries(state):
+                    os.truncate(path, path.stat().st_size // 2)
+            return call(*args)
+        return keep_and_call
+
+    with pytest.MonkeyPatch.context() as m:
+        for name in calls:
+            m.setattr(os, name, keeping(getattr(os, name)))
+        yield

@@ -3,15 +3,15 @@
 The processes are forked from a server that has imported the libraries, which saves each of them
 seconds."""
 import functools
+import itertools
 import multiprocessing
 import os
 import resource
 import runpy
 import signal
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 
-import moments
 import tiny
 
 LIBRARIES = ("torch.utils.data", "torch.distributed.nn", "wfdb", "scipy.ndimage", "scipy.signal")
@@ -25,14 +25,15 @@ def server():
     return context
 
 
-def start(*words, largest_file=None, moment=None):
+def start(*words, largest_file=None, kill_at=None):
     """Start the script words[0] with the other words as its arguments; for `end`.
 
-    largest_file: in bytes, as on a full disk. moment: (listing, number, folder) for moments.watch.
+    largest_file: in bytes, as on a full disk. kill_at: of which call of os.fsync it does not come
+    back (SIGKILL).
     """
     errors, theirs = server().Pipe(duplex=False)
     words = list(map(str, words))
-    process = server().Process(target=script, args=(theirs, words, largest_file, moment))
+    process = server().Process(target=script, args=(theirs, words, largest_file, kill_at))
     process.start()
     theirs.close()
     return process, errors
@@ -57,7 +58,7 @@ def end(process, errors):
     return process.exitcode, text.decode().splitlines()
 
 
-def script(errors, words, largest_file, moment):
+def script(errors, words, largest_file, kill_at):
     """In the new process."""
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.setsid()
@@ -70,6 +71,13 @@ def script(errors, words, largest_file, moment):
     import torch
     torch.set_num_threads(1)
     tiny.shrink()
-    with moments.watch(*moment) if moment else nullcontext():
-        sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
+    calls, fsync = itertools.count(1), os.fsync
+
+    def fsync_and_perhaps_end(descriptor):
+        fsync(descriptor)
+        if next(calls) == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = fsync_and_perhaps_end
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")

@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
-from helpers import edit_csv, write_record
+from helpers import edit_csv, states_kept, write_record
 from make_demo import NAMES, make_demo
 
 RATES = [100, 250, 257, 360, 1000]
@@ -350,6 +350,22 @@ def test_a_damaged_cache_is_built_again(request, reads, whole, state, damage):
         data.load_records(root, "all71")
     data.build_cache(root, workers=1)
     assert content(root) == whole and len(reads) == 60
+
+
+def test_killed_at_any_moment_and_built_again(uncached, reads, whole, tmp_path):
+    with states_kept(uncached, tmp_path / "states", "fsync", "replace"):
+        data.build_cache(uncached, workers=1)
+    states, array = sorted((tmp_path / "states").iterdir()), data.find_cache(uncached)[0].array
+    assert len(states) == 5  # before and after the plan, two chunks, the last name
+    for root in states:
+        cache, plan = data.find_cache(root)
+        left = cache.open(plan, cache.part)
+        assert not cache.array.exists() and (left is None) == (root.name in "12")
+        if left:
+            signals, marks = left
+            assert np.array_equal(signals[marks], np.load(array)[marks])
+        data.build_cache(root, workers=1)
+        assert content(root) == whole
 
 
 def test_a_row_is_marked_after_its_bytes_are_on_the_disk(uncached, reads, monkeypatch):

@@ -1,8 +1,7 @@
 """Kills, Ctrl-C, full disks, many processes at once, long use: nothing is lost or half written.
 
-The short version runs with the other tests; `python -m pytest -m campaign tests` is the long one.
+What a kill may leave at any other moment: test_post_train.py and test_data.py.
 """
-import json
 import os
 import resource
 import shutil
@@ -18,11 +17,8 @@ import data
 import evaluate
 import model as network
 import post_train
-from helpers import assert_same_run, history
-from make_demo import make_demo
+from helpers import assert_same_run, temporaries
 from processes import end, start
-
-LONG = pytest.mark.campaign
 
 
 def arguments(root, out, *more):
@@ -31,111 +27,45 @@ def arguments(root, out, *more):
     return ["--data", str(root), "--out", str(out), *options.split(), *more]
 
 
-def killed(at, folder, *words):
-    """Run a script up to the moment `at` of `folder`, 0: to the end, when the names of all are
-    written; returns whether it was killed."""
-    status, errors = end(*start(*words, moment=(f"{folder}.list", at, str(folder))))
-    assert status in (0, -signal.SIGKILL), errors
-    return status != 0
+def run(*words):
+    status, errors = end(*start(*words))
+    assert status == 0, errors
 
 
 def content(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
 
 
-def temporaries(folder):
-    return [p for p in Path(folder).rglob(".*") if p.is_file() and p.name != ".lock"]
-
-
-# -------------------------------------------------------------------------------------------- kills
-
-@pytest.fixture(scope="module")
-def whole_build(tmp_path_factory):
-    """A set of three chunks with its undisturbed cache."""
-    root = tmp_path_factory.mktemp("records") / "set"
-    make_demo(root, records=96)
-    assert not killed(0, root, "data.py", "--data", root, "--workers", 1)
-    return root
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=LONG)])
-def test_cache_killed_at_many_moments(whole_build, tmp_path, workers, kills):
-    """Built again, it has the bytes of an undisturbed one."""
-    names = json.loads(Path(f"{whole_build}.list").read_text())
-    whole = data.find_cache(whole_build)[0]
-    moments = {len(names) * i // (kills + 1) for i in range(1, kills + 1)}
-    if workers == 1:
-        moments |= {names.index(f"os.rename {p.name}") + 1 for p in (whole.plan, whole.part)}
-    for k in moments:
-        root = Path(shutil.copytree(whole_build, tmp_path / f"at{k}", copy_function=os.link,
-                                    ignore=shutil.ignore_patterns("cache")))
-        call = (root, "data.py", "--data", root, "--workers", workers)
-        assert killed(k, *call)
-        check_what_is_left_of_a_build(*data.find_cache(root), whole)
-        assert not killed(0, *call)
-        assert content(root / "cache") == content(whole_build / "cache")
-        shutil.rmtree(root)
-
-
-def check_what_is_left_of_a_build(left, plan, whole):
-    """No half file under its final name, and marks on nothing but whole rows."""
-    for path, other in ((left.array, whole.array), (left.plan, whole.plan)):
-        assert not path.exists() or path.read_bytes() == other.read_bytes()
-    found = left.open(plan, left.part)
-    if found:
-        signals, marks = found
-        assert np.array_equal(signals[marks], np.load(whole.array)[marks])
-
+# ----------------------------------------------------------------------------- kills and interrupts
 
 @pytest.fixture(scope="module")
 def undisturbed(demo_set, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert not killed(0, out, "post_train.py", *arguments(demo_set, out))
+    run("post_train.py", *arguments(demo_set, out))
     return out
 
 
-def moments_of_training(names, kills):
-    """Moments over the whole run, the first of them those that must be."""
-    first = {name: names.index(name) + 1 for name in set(names)}
-    last = {name: len(names) - names[::-1].index(name) for name in set(names)}
-    renamed = [i for i, name in enumerate(names, 1) if name.startswith("os.rename")]
-    must = [first["half of probe.pt"], last["half of last.pt"], last["half of best.pt"],
-            last["training Sequential"], first["open .lock"], first["training ECGFounder"],
-            last["open probe.pt"] + 60, last["inference Block"], *renamed[::5]]
-    n = kills - len(must)
-    return {*must[:kills], *(len(names) * i // (n + 1) for i in range(1, n + 1))}
+def test_a_killed_build_and_its_workers_end(demo, demo_set):
+    """By SIGKILL, after the bytes of a chunk and before its marks."""
+    shutil.rmtree(demo / "cache")
+    words = "data.py", "--data", demo, "--workers", 2
+    status, errors = end(*start(*words, kill_at=2))
+    assert status == -signal.SIGKILL, errors
+    assert not np.load(data.find_cache(demo)[0].marks).any()
+    run(*words)
+    assert content(demo / "cache") == content(demo_set / "cache")
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=LONG)])
-def test_training_killed_at_many_moments(demo_set, undisturbed, tmp_path, kills):
-    """Killed, resumed and killed again early in that, and resumed: equal to the undisturbed run,
-    weights bit for bit."""
-    names = json.loads(Path(f"{undisturbed}.list").read_text())
-    for k in moments_of_training(names, kills):
-        out = tmp_path / f"at{k}"
-        call = (out, "post_train.py", *arguments(demo_set, out))
-        assert killed(k, *call)
-        check_what_is_left_of_a_run(out, undisturbed)
-        near_its_end = k > len(names) // 2  # little is left to be killed in
-        assert killed(1 + k // 3, *call, "--resume") or near_its_end
-        check_what_is_left_of_a_run(out, undisturbed)
-        assert not killed(0, *call, "--resume")
-        assert_same_run(out, undisturbed)
-        thresholds = [network.read_checkpoint(run / "best.pt")["thresholds"]
-                      for run in (out, undisturbed)]
-        np.testing.assert_array_equal(*thresholds)
-        assert not temporaries(out)
-        shutil.rmtree(out)
-
-
-def check_what_is_left_of_a_run(out, undisturbed):
-    """Whole checkpoints, and the first lines of the undisturbed run's history."""
-    for path in out.glob("[a-z]*.pt"):
-        network.read_checkpoint(path)
-    if (out / "metrics.jsonl").exists():
-        lines = history(out)
-        assert lines == history(undisturbed)[:len(lines)]
+def test_killed_twice_and_resumed(demo_set, undisturbed, tmp_path):
+    """By SIGKILL, in fine-tuning and early in what goes on."""
+    words = "post_train.py", *arguments(demo_set, tmp_path)
+    for kill_at, more in ((9, []), (3, ["--resume"])):
+        status, errors = end(*start(*words, *more, kill_at=kill_at))
+        assert status == -signal.SIGKILL and temporaries(tmp_path), errors
+    assert network.read_checkpoint(tmp_path / "last.pt")["stage"] == "finetune"
+    run(*words, "--resume")
+    assert_same_run(tmp_path, undisturbed)
+    assert not temporaries(tmp_path)
 
 
 @pytest.mark.parametrize("number, training, kept", [
@@ -179,8 +109,7 @@ def test_a_full_disk_keeps_the_checkpoints(demo_set, undisturbed, tmp_path):
     assert "last.pt: cannot be written" in error and "--resume" in error
     assert network.read_checkpoint(tmp_path / "last.pt")["stage"] == "probe"
     assert not temporaries(tmp_path)
-    status, errors = end(*start("post_train.py", *call, "--resume"))
-    assert status == 0, errors
+    run("post_train.py", *call, "--resume")
     assert_same_run(tmp_path, undisturbed)
 
 
@@ -232,12 +161,11 @@ def test_five_processes_on_one_folder(demo, demo_set, undisturbed, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
-@pytest.mark.parametrize("n", [12, pytest.param(60, marks=LONG)])
-def test_repeated_predictions_keep_their_memory(tiny, demo_set, undisturbed, tmp_path, n):
+def test_repeated_predictions_keep_their_memory(tiny, demo_set, undisturbed, tmp_path):
     """Every fourth draws a picture; one that is kept takes 60 MB. The least of a window leaves out
     buffers that come and go."""
     records, sizes = sorted(demo_set.rglob("*_hr.hea")), []
-    for i in range(n):
+    for i in range(12):
         picture = ["--plot", tmp_path / "ecg.png"] if i % 4 == 0 else []
         argv = [undisturbed / "best.pt", "--record", records[i % len(records)], *picture]
         evaluate.main([str(word) for word in argv])

@@ -88,14 +88,3 @@ def test_compile(demo_set, tmp_path):
     out = train(demo_set, tmp_path / "run", "--compile", "--epochs", 1, "--probe-epochs", 0)
     state = torch.load(out / "best.pt", weights_only=True)["state_dict"]
     assert set(state) == set(network.ecgfounder(12).state_dict())
-
-
-def test_out_of_memory_names_what_to_change(demo_set, tmp_path, monkeypatch, capsys):
-    def full(self, x):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(network.ECGFounder, "forward", full)
-    with pytest.raises(SystemExit) as stop:
-        train(demo_set, tmp_path / "run", "--probe-epochs", 0)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and "16" in error and "--batch-size" in error

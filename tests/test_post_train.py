@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ import evaluate
 import model as network
 import post_train
 import tiny as small
-from helpers import ROOT, TESTS, assert_same_run, edit_csv, history, weights
+from helpers import ROOT, TESTS, assert_same_run, edit_csv, history, states_kept, weights
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 SHORT = "--probe-epochs", "0", "--epochs", "1"
@@ -79,9 +78,10 @@ def run(tiny, monkeypatch, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def undisturbed(demo_set, tmp_path_factory):
-    """The folder of a finished run with --interpolate. Not to be written to."""
+    """The folder of a finished run; beside it, in states/, what kills would have left. Not to be
+    written to."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    with pytest.MonkeyPatch.context() as m:
+    with pytest.MonkeyPatch.context() as m, states_kept(out, out.parent / "states", "replace"):
         small.shrink(m.setattr)
         prefer_the_middle(m)
         post_train.main(arguments(demo_set, out))
@@ -488,6 +488,17 @@ def test_a_non_finite_loss_stops_the_run(run, demo_set, tmp_path, monkeypatch, c
     assert (last["stage"], last["epoch"]) == ("probe", 2)
 
 
+def test_out_of_memory_names_what_to_change(run, demo_set, monkeypatch, capsys):
+    def full(self, x):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(network.ECGFounder, "forward", full)
+    with pytest.raises(SystemExit) as stop:
+        run(demo_set, *SHORT)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "batch of 16" in error and "--batch-size" in error
+
+
 @pytest.mark.parametrize("part, method, fault", [
     (network.SameConv1d, "forward",  # channels in the wrong order, as a faulty kernel leaves them
      lambda self, y: y.flip(1) if y.dtype == torch.bfloat16 and self.conv.groups == 1 else y),
@@ -505,69 +516,38 @@ def test_a_machine_that_computes_wrongly_is_found_out(tiny, demo_set, tmp_path, 
 
 # ------------------------------------------------------------------------------- killed and resumed
 
-class Killed(BaseException):
-    """Ends a run as SIGKILL does: nothing after that point runs."""
+def test_killed_at_any_moment_and_resumed(run, demo_set, undisturbed, tmp_path):
+    """Before any change of its folder, and of some once more in what goes on: the same bits."""
+    states = sorted((undisturbed.parent / "states").iterdir(), key=lambda path: int(path.name))
+    assert len(states) > 15
+
+    def resume(state, later):
+        out = shutil.copytree(state, tmp_path / "run", dirs_exist_ok=True)
+        check_what_is_left(out, undisturbed)
+        told = "random initialization"
+        if (out / "last.pt").exists():
+            last = checkpoint(out, "last")
+            told = f"going on after {last['stage']} epoch {last['epoch']}"
+        with states_kept(out, later, "replace"):
+            run(demo_set, "--resume", out=out)
+        assert told in run.out
+        assert_same_run(out, undisturbed)
+        assert {p.name for p in out.iterdir()} == {".lock", *post_train.OUTPUTS}
+        shutil.rmtree(out)
+
+    for k, state in enumerate(states):
+        resume(state, tmp_path / f"{k}")
+        if k % 4 == 0:
+            resume(tmp_path / f"{k}" / "2", tmp_path / f"{k} again")
 
 
-def end_at(monkeypatch, name, n, number=None):
-    """End a run at the n-th call of a function of post_train.py, by a signal or else as killed."""
-    real, calls = getattr(post_train, name), itertools.count(1)
-
-    def call(*args, **options):
-        if next(calls) == n:
-            end()
-        return real(*args, **options)
-
-    def end():
-        if number is None:
-            raise Killed
-        os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(post_train, name, call)
-
-
-@pytest.mark.parametrize("function, n, epoch, best", [
-    ("train_epoch", 2, "probe epoch 1", None),
-    ("save", 2, "probe epoch 1", None),                     # probe.pt
-    ("save", 3, "probe epoch 1", None),                     # last.pt of the second epoch
-    ("save", 4, "probe epoch 2", None),                     # last.pt of fine-tuning
-    ("save", 5, "finetune epoch 1", None),                  # best.pt
-    ("train_epoch", 4, "finetune epoch 1", "finetune"),
-    ("validate", 5, "finetune epoch 2", "finetune"),        # the first interpolation
-    ("validate", 7, "finetune epoch 2", "interpolate"),     # after one that is the best so far
-    ("validate", 8, "finetune epoch 2", "interpolate"),     # after a better one
-    ("write_history", 6, "finetune epoch 2", "interpolate"),
-    ("finish", 1, "finetune epoch 2", "interpolate"),
-    ("write_checkpoint", 9, "finetune epoch 2", "interpolate")])    # best.pt with thresholds
-def test_killed_at_a_call_and_resumed(run, demo_set, undisturbed, tmp_path, monkeypatch, function,
-                                      n, epoch, best):
-    out = tmp_path / "run"
-    with monkeypatch.context() as m, pytest.raises(Killed):
-        end_at(m, function, n)
-        run(demo_set, out=out)
-    assert (out / "best.pt").exists() == bool(best)
-    if best:
-        found, last = checkpoint(out, "best"), checkpoint(out, "last")
-        assert found["stage"] == best and not {"optimizer", "scaler"} & set(found)
-        assert all(a == b for a, b in zip(found["history"], last["history"]))
-    run(demo_set, "--resume", out=out)
-    assert f"going on after {epoch}" in run.out
-    assert_same_run(out, undisturbed)
-    assert {p.name for p in out.iterdir()} == {".lock", *post_train.OUTPUTS}
-    run(demo_set, "--resume", out=out)
-    assert "finished" in run.out
-
-
-def test_stopped_by_ctrl_c_and_resumed(run, demo_set, undisturbed, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
-        end_at(m, "train_epoch", 2, signal.SIGINT)
-        run(demo_set, out=out)
-    error = capsys.readouterr().err
-    assert stop.value.code == 130 and "--resume" in error and error.count("\n") == 1
-    run(demo_set, "--resume", out=out)
-    assert "going on after probe epoch 1" in run.out
-    assert_same_run(out, undisturbed)
+def check_what_is_left(out, undisturbed):
+    """Whole checkpoints, and the first lines of the undisturbed run's history."""
+    for path in out.glob("[a-z]*.pt"):
+        found = network.read_checkpoint(path)
+        assert ("optimizer" in found) == (path.name == "last.pt")
+    lines = history(out) if (out / "metrics.jsonl").exists() else []
+    assert lines == history(undisturbed)[:len(lines)]
 
 
 def test_a_resume_wants_the_same_arguments_and_records(run, demo, undisturbed, tmp_path, fails):

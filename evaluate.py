@@ -113,11 +113,10 @@ def bootstrap(y_true, y_prob, patient_id=None, draws=DRAWS, seed=0):
     """
     if patient_id is None:
         patient_id = np.arange(len(y_true))
-    _, patient = np.unique(patient_id, return_inverse=True)
-    rng, chunks = np.random.default_rng(seed), []
-    n_patients, step = patient.max(initial=-1) + 1, max(1, DRAW_CHUNK // max(1, len(y_true)))
+    people, patient = np.unique(patient_id, return_inverse=True)
+    rng, chunks, step = np.random.default_rng(seed), [], max(1, DRAW_CHUNK // max(1, len(y_true)))
     for start in range(0, draws, step):
-        weight = rng.exponential(size=(min(step, draws - start), n_patients))[:, patient]
+        weight = rng.exponential(size=(min(step, draws - start), len(people)))[:, patient]
         chunks.append(np.stack(auroc_auprc(y_true, y_prob, weight), axis=1))
     return np.concatenate(chunks)
 
@@ -136,8 +135,8 @@ def interval(point, draws):
     """95 % intervals by the basic bootstrap (Davison and Hinkley 1997): (...), (D, ...) ->
     (..., 2).
 
-    The draws are mirrored at the point: they lie above or below it as it does the truth. Average
-    precision of few positives is too high on average, and the draws' percentiles higher still.
+    The draws are mirrored at the point: on average they miss it as it misses the truth. Average
+    precision of few positives is too high, and the draws' percentiles higher still.
     """
     low, high = np.percentile(draws, (2.5, 97.5), axis=0)
     return np.stack([2 * point - high, 2 * point - low], axis=-1)
@@ -212,15 +211,15 @@ def digits(value):
 
 def model_lines(reports):
     """Macro scores with intervals of models on the same records, as lines to print."""
-    width = max(len(r["name"]) for r in reports)
     title = f"{reports[0]['n']:,} records"
+    width = max(len(title), *(len(r["name"]) for r in reports))
     lines = [f"{title:{width}}   AUROC  95 % interval     AUPRC  95 % interval"]
     for r in reports:
         columns = []
         for m in METRICS:
             low, high = map(digits, r[f"macro_{m}_ci"])
             columns.append(f"{digits(r[f'macro_{m}'])} {low} to {high}")
-        lines.append(f"{r['name']:{max(width, len(title))}}  {'  '.join(columns)}")
+        lines.append(f"{r['name']:{width}}  {'  '.join(columns)}")
     undefined = reports[0]["undefined"]
     if undefined:
         lines.append(f"without a positive or a negative, not counted: {', '.join(undefined)}")
@@ -515,12 +514,8 @@ def find_records(paths):
 def thresholds_of(checkpoint):
     """(thresholds (L,), positives of fold 9 that each rests on (L,)); NaN and 0 where unknown."""
     n = len(checkpoint["classes"])
-    known = checkpoint.get("thresholds"), checkpoint.get("positives")
-    for values in known:
-        fits = isinstance(values, list) and len(values) == n
-        if not fits or not all(isinstance(value, int | float) for value in values):
-            return np.full(n, np.nan), [0] * n
-    return np.array(known[0]), known[1]
+    thresholds = np.array(checkpoint.get("thresholds", [np.nan] * n))
+    return thresholds, checkpoint.get("positives", [0] * n)
 
 
 def record_lines(checkpoint, prediction, top=5):

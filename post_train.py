@@ -61,9 +61,9 @@ PREVIEW_STEPS = 200
 PREVIEW = f"{PREVIEW_STEPS} steps"
 RECIPE = {
     "probe_epochs": Setting(PREVIEW, 0, ("ours", "official"),
-                            "epochs of preview linear probing, 0: none; a number of steps is met "
-                            "to the nearest epoch, from 1 to 30, and a probe that no fine-tuning "
-                            "follows has 30"),
+                            "epochs of preview linear probing, 0: none; the default is as many as "
+                            "come nearest to that, from 1 to 30, and 30 where no fine-tuning "
+                            "follows"),
     "probe_lr": Setting(1e-3, 1e-3, ("ours", "ours"), "learning rate of the probe"),
     "probe_final_lr": Setting(0.0, 0.0, ("ours", "ours")),
     "probe_schedule": Setting("cosine", "cosine", ("ours", "ours")),
@@ -90,7 +90,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75)  # of fine-tuning, between the probe's weights (
 
 
 class Stage(NamedTuple):
-    """How one of the two stages trains: its part of RECIPE."""
+    """How one of the two stages trains: its part of RECIPE, by the same names."""
     name: str
     epochs: int
     lr: float
@@ -118,11 +118,9 @@ def stages_of(args, steps=1):
     v = {key: getattr(setting, args.strategy) for key, setting in RECIPE.items()} | vars(args)
     if v["probe_epochs"] == PREVIEW:
         v["probe_epochs"] = preview_epochs(steps, v["epochs"])
-    probe = Stage("probe", v["probe_epochs"], v["probe_lr"], v["probe_final_lr"],
-                  v["probe_schedule"], v["probe_optimizer"], v["probe_weight_decay"])
-    finetune = Stage("finetune", v["epochs"], v["lr"], v["final_lr"], v["schedule"],
-                     v["optimizer"], v["weight_decay"], v["clip"], v["layer_decay"])
-    return probe, finetune
+    probe = {key: v[f"probe_{key}"] for key in Stage._fields if f"probe_{key}" in v}
+    finetune = {key: v[key] for key in Stage._fields if key in v}
+    return Stage("probe", **probe), Stage("finetune", **finetune)
 
 
 def learning_rate(stage, progress, aurocs):
@@ -470,7 +468,7 @@ def begin(args, device, rank, world, described, train_split, n_val):
 
 def load_splits(args, device, world):
     """(what checkpoints say of them, lines to print, training Split, validation Split); of fold 10
-    nothing but its patients is looked at."""
+    nothing is looked at but whose records they are."""
     labels, signals = data.load_records(args.data, args.task, args.preprocess, args.leads)
     folds = {"folds 1-8": data.TRAIN_FOLDS, "fold 9": [data.VAL_FOLD], "fold 10": [data.TEST_FOLD]}
     of_fold = {name: np.flatnonzero(np.isin(labels.fold, folds[name])) for name in folds}
@@ -484,7 +482,8 @@ def load_splits(args, device, world):
                          "negatives, so that it can choose no epoch; wanted a `fold` column that "
                          "shares them out")
     train = data.subset(of_fold["folds 1-8"], args.frac, args.seed)
-    notes = [*notes_on(labels, train, of_fold), *notes_on_weights(args, labels, of_fold)]
+    seen = trained_before(args)
+    notes = [*notes_on(labels, train, of_fold), *notes_on_weights(args, seen, labels, of_fold)]
     if data.is_own(args.task):
         notes.insert(0, f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
     digest, splits = hashlib.sha256(), []
@@ -493,7 +492,8 @@ def load_splits(args, device, world):
         y = torch.from_numpy(labels.y[index]).float().to(device)
         splits.append(Split(signals, labels.row[index], y))
     described = {"classes": labels.classes, "leads": args.leads, "processes": world,
-                 "records": digest.hexdigest(), "trained_on": labels.record[train].tolist()}
+                 "records": digest.hexdigest(),
+                 "trained_on": sorted({*seen, *labels.record[train].tolist()})}
     return described, notes, *splits
 
 
@@ -512,15 +512,20 @@ def notes_on(labels, train, of_fold):
     return notes
 
 
-def notes_on_weights(args, labels, of_fold):
-    """Whether the weights to start from, where they are of this project, have seen the test."""
-    if not os.path.isfile(args.weights):  # none, or not needed to go on
-        return []
-    trained_on = network.read_checkpoint(args.weights).get("trained_on", [])
-    seen = {name: np.isin(labels.record[of_fold[name]], trained_on).sum()
-            for name in ("fold 9", "fold 10")}
+def trained_before(args):
+    """The names of the records that trained what the run begins with, or goes on from, as far as a
+    checkpoint of this project knows."""
+    last, weights = Path(args.out, "last.pt"), Path(args.weights)
+    path = last if args.resume and last.exists() else weights
+    return network.read_checkpoint(path).get("trained_on", []) if path.is_file() else []
+
+
+def notes_on_weights(args, seen, labels, of_fold):
+    """Whether the weights to start from have seen the validation and test sets, as lines."""
+    count = {name: np.isin(labels.record[of_fold[name]], seen).sum()
+             for name in ("fold 9", "fold 10")}
     return [f"{n:,} records of {name} trained {args.weights}: their scores will be too good"
-            for name, n in seen.items() if n]
+            for name, n in count.items() if n]
 
 
 def on_device(split, device):
@@ -577,9 +582,9 @@ def save_best(run):
     weights the model holds."""
     stages_of_best = ["finetune", "interpolate"] if run.args.epochs else ["probe"]
     for name, stages in (("probe.pt", ["probe"]), ("best.pt", stages_of_best)):
-        auroc = {i: line["macro_auroc"] for i, line in enumerate(run.history)
-                 if line["stage"] in stages}
-        if run.rank == 0 and max(auroc, key=auroc.get, default=None) == len(run.history) - 1:
+        *before, last = run.history
+        best = max((line["macro_auroc"] for line in before if line["stage"] in stages), default=-1)
+        if run.rank == 0 and last["stage"] in stages and last["macro_auroc"] > best:
             save(run, name)
 
 
@@ -711,8 +716,8 @@ def check(args):
                          "official weights, --weights none starts at random")
     written = [Path(args.out, name) for name in OUTPUTS if name != "metrics.jsonl"]
     if not going_on and any(path.exists() for path in written):
-        raise InputError(f"{args.out}: holds a run already; --resume goes on with its last.pt, "
-                         "another --out begins a new one")
+        how = "without its last.pt it cannot go on" if args.resume else "--resume goes on with it"
+        raise InputError(f"{args.out}: holds a run already; {how}, another --out begins a new one")
 
 
 def pick_device(name):
@@ -797,9 +802,9 @@ def main(argv=None):
     except (InputError, network.WeightsError, OSError) as error:
         status, message = 2, data.line_of(error)
     except NonFinite as error:
-        status, message = 1, (f"{error}; --amp bf16 or off, or a lower --lr may mend it, with "
-                              "another --out if there is a last.pt, which keeps the last good "
-                              "epoch")
+        status, message = 1, (f"{error}; a lower --lr (of the probe: --probe-lr), or in fp16 --amp "
+                              "bf16 or off may mend it, with another --out if there is a last.pt, "
+                              "which keeps the last good epoch")
     except torch.OutOfMemoryError:
         status, message = 1, ("the GPU's memory is too small to train on a batch of "
                               f"{args.batch_size}; a smaller --batch-size may fit, with another "

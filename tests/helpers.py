@@ -16,15 +16,23 @@ ROOT = TESTS.parent
 TIMINGS = ("seconds", "ecgs_per_second", "peak_memory_mb")
 
 
-def edit_csv(path, change):
-    """Rewrite a csv file after `change`, which gets its rows as a list of dicts."""
+def read_csv(path):
     with open(path, newline="") as f:
-        rows = list(csv.DictReader(f))
-    change(rows)
+        return list(csv.DictReader(f))
+
+
+def write_csv(path, rows):
     with open(path, "w", newline="") as f:
         writer = csv.DictWriter(f, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def edit_csv(path, change):
+    """Rewrite a csv file after `change`, which gets its rows as a list of dicts."""
+    rows = read_csv(path)
+    change(rows)
+    write_csv(path, rows)
 
 
 def write_record(path, signal, names, fs=500, units="mV", gain=1000):
@@ -35,6 +43,13 @@ def write_record(path, signal, names, fs=500, units="mV", gain=1000):
                 p_signal=np.asarray(signal, float).T, fmt=["16"] * n, adc_gain=[gain] * n,
                 baseline=[0] * n, write_dir=str(path.parent))
     return path
+
+
+def arguments(root, out, *more):
+    """Those of post_train.py for a short run of both stages."""
+    options = ("--task rhythm12 --weights none --probe-epochs 2 --epochs 2 --batch-size 16 "
+               "--device cpu")
+    return ["--data", str(root), "--out", str(out), *options.split(), *map(str, more)]
 
 
 def history(out):

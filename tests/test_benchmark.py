@@ -3,7 +3,6 @@ import argparse
 import copy
 import functools
 import json
-import re
 import types
 
 import pytest
@@ -31,6 +30,8 @@ def test_rows_table_and_json(tmp_path, monkeypatch, capsys):
 def test_both_networks_agree_where_they_draw_the_same_samples(drop_path, mode):
     nets, x = benchmark.networks(drop_path, mode), torch.randn(4, 12, 300)
     benchmark.gradients_agree(nets, x)
+    for (name, p), q in zip(nets["ours"].named_parameters(), nets["obvious"].parameters()):
+        assert 0 < q.grad.norm() and (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm(), name
     mask = plain.PlainBlock.mask(types.SimpleNamespace(drop_path=0.5), x)
     assert set(mask.unique().tolist()) <= {0.0, 2.0}
     with torch.no_grad():  # and a difference is found
@@ -49,14 +50,7 @@ def test_rows_for_a_gpu_run_on_a_cpu_too(tiny, monkeypatch):
     monkeypatch.setattr(benchmark, "floor_of", lambda *a: (1.0, 100.0))
     monkeypatch.setattr(torch, "compile", lambda net: net)
     monkeypatch.setattr(torch, "float16", torch.bfloat16)  # which CPUs are fast at
-    rows = [*benchmark.steps("step", SMALL, (None, torch.float16), (False, True)),
+    rows = [*benchmark.steps("step", SMALL, (torch.float16,), (False, True)),
             benchmark.resident(SMALL, n=16, size=8), benchmark.schedule(SMALL, n=16, size=8)]
-    assert len({r["row"] for r in rows}) == 2 * 2 * 2 + 2 and all(r["ours"] > 0 for r in rows)
+    assert len({r["row"] for r in rows}) == 2 * 2 + 2 and all(r["ours"] > 0 for r in rows)
     benchmark.show(rows)
-
-
-def test_memory_is_measured_in_processes_of_their_own():
-    one = argparse.Namespace(device=torch.device("cpu"), rounds=1, batch=1)
-    found = benchmark.step("step", one, drop_path=0.5, memory=True)
-    peaks = re.search(r"peak memory ([\d,]+) MB against ([\d,]+) MB", found["conditions"])
-    assert min(int(megabytes.replace(",", "")) for megabytes in peaks.groups()) > 10

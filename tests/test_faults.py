@@ -3,28 +3,19 @@
 What a kill may leave at any other moment: test_post_train.py and test_data.py.
 """
 import os
-import resource
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import data
-import evaluate
 import model as network
 import post_train
-from helpers import assert_same_run, temporaries
+from helpers import arguments, assert_same_run, temporaries
 from processes import end, start
-
-
-def arguments(root, out, *more):
-    options = ("--task rhythm12 --weights none --probe-epochs 2 --epochs 2 --interpolate "
-               "--batch-size 16 --device cpu")
-    return ["--data", str(root), "--out", str(out), *options.split(), *more]
 
 
 def run(*words):
@@ -54,18 +45,6 @@ def test_a_killed_build_and_its_workers_end(demo, demo_set):
     assert not np.load(data.find_cache(demo)[0].marks).any()
     run(*words)
     assert content(demo / "cache") == content(demo_set / "cache")
-
-
-def test_killed_twice_and_resumed(demo_set, undisturbed, tmp_path):
-    """By SIGKILL, in fine-tuning and early in what goes on."""
-    words = "post_train.py", *arguments(demo_set, tmp_path)
-    for kill_at, more in ((9, []), (3, ["--resume"])):
-        status, errors = end(*start(*words, *more, kill_at=kill_at))
-        assert status == -signal.SIGKILL and temporaries(tmp_path), errors
-    assert network.read_checkpoint(tmp_path / "last.pt")["stage"] == "finetune"
-    run(*words, "--resume")
-    assert_same_run(tmp_path, undisturbed)
-    assert not temporaries(tmp_path)
 
 
 @pytest.mark.parametrize("number, training, kept", [
@@ -102,15 +81,19 @@ def error_where_files_cannot_grow(limit, *words):
     return lines[0]
 
 
-def test_a_full_disk_keeps_the_checkpoints(demo_set, undisturbed, tmp_path):
-    """There is no room for the last.pt of fine-tuning."""
-    limit, call = (undisturbed / "last.pt").stat().st_size - 1000, arguments(demo_set, tmp_path)
-    error = error_where_files_cannot_grow(limit, "post_train.py", *call)
+def test_kills_and_a_full_disk_keep_the_checkpoints(demo_set, undisturbed, tmp_path):
+    """SIGKILL in fine-tuning and early in what goes on, then no room for last.pt."""
+    words = "post_train.py", *arguments(demo_set, tmp_path)
+    for kill_at, more in ((9, []), (3, ["--resume"])):
+        status, errors = end(*start(*words, *more, kill_at=kill_at))
+        assert status == -signal.SIGKILL and temporaries(tmp_path), errors
+    limit = (undisturbed / "last.pt").stat().st_size - 1000
+    error = error_where_files_cannot_grow(limit, *words, "--resume")
     assert "last.pt: cannot be written" in error and "--resume" in error
-    assert network.read_checkpoint(tmp_path / "last.pt")["stage"] == "probe"
-    assert not temporaries(tmp_path)
-    run("post_train.py", *call, "--resume")
+    assert network.read_checkpoint(tmp_path / "last.pt")["stage"] == "finetune"
+    run(*words, "--resume")
     assert_same_run(tmp_path, undisturbed)
+    assert not temporaries(tmp_path)
 
 
 def test_a_full_disk_keeps_earlier_predictions(demo_set, undisturbed, tmp_path):
@@ -158,17 +141,3 @@ def test_five_processes_on_one_folder(demo, demo_set, undisturbed, tmp_path):
         scores = (tmp_path / f"p{i}.json").read_text()
         assert scores == (undisturbed / "test.json").read_text()
     assert content(demo / "cache") == content(demo_set / "cache")
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
-def test_repeated_predictions_keep_their_memory(tiny, demo_set, undisturbed, tmp_path):
-    """Every fourth draws a picture; one that is kept takes 60 MB. The least of a window leaves out
-    buffers that come and go."""
-    records, sizes = sorted(demo_set.rglob("*_hr.hea")), []
-    for i in range(12):
-        picture = ["--plot", tmp_path / "ecg.png"] if i % 4 == 0 else []
-        argv = [undisturbed / "best.pt", "--record", records[i % len(records)], *picture]
-        evaluate.main([str(word) for word in argv])
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        sizes.append(pages * resource.getpagesize() / 2**20)
-    assert min(sizes[-4:]) - min(sizes[4:8]) < 30, sizes

@@ -40,26 +40,16 @@ def official(golden, tmp_path_factory):
     state |= {k: torch.zeros(s) for k, s in entries if is_batch_norm(k)}
     path = tmp_path_factory.mktemp("weights") / "12_lead_ECGFounder.pth"
     torch.save({"epoch": 1, "step": 7, "state_dict": state, "optimizer": {"state": {}},
-                "scheduler": {}, "val_auroc": np.float64(0.9)}, path)
-    rename_in_zip(path, b"numpy._core.multiarray", b"numpy.core.multiarray")
+                "scheduler": {}, "val_auroc": np.float64(0.9)}, path,
+               _use_new_zipfile_serialization=False)  # without checksums
+    content = path.read_bytes().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    path.write_bytes(content)
     return path
-
-
-def rename_in_zip(path, old, new):
-    """Replace a global's module in the pickle inside a torch zip archive."""
-    import zipfile
-    renamed = path.with_suffix(".renamed")
-    with zipfile.ZipFile(path) as a, zipfile.ZipFile(renamed, "w") as b:
-        for entry in a.infolist():
-            content = a.read(entry)
-            if entry.filename.endswith("data.pkl"):
-                content = content.replace(old, new)
-            b.writestr(entry, content)
-    os.replace(renamed, path)
 
 
 @pytest.fixture(scope="module")
 def founder(official):
+    assert network.read_checkpoint(official)["val_auroc"] == 0.9
     model = network.ecgfounder(150).eval()
     network.load_pretrained(model, official, head=True)
     return model
@@ -96,25 +86,6 @@ def test_any_length_equals_the_plain_network(founder, plain, samples):
     x = torch.randn(2, 12, samples, generator=torch.Generator().manual_seed(samples))
     with torch.no_grad():
         torch.testing.assert_close(founder(x), plain(x), atol=1e-5, rtol=0)
-
-
-def test_gradients_equal_the_plain_network():
-    torch.manual_seed(0)
-    ours, plain = network.ecgfounder(5).train(), PlainNet1D(5)
-    plain.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 12, 640)
-    for net in (ours, plain):
-        net(x).square().sum().backward()
-    for (name, p), q in zip(ours.named_parameters(), plain.parameters()):
-        assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-8, name
-        assert p.grad.abs().sum() > 0, f"{name} is dead"
-
-
-def test_levels_of_ones_own():
-    model = network.ecgfounder(3, levels=((16, 1), (48, 2)), drop_path=0.4, drop_path_mode="linear")
-    assert model.forward_features(torch.randn(2, 12, 100)).shape == (2, 48)
-    assert [block.drop_path for block in blocks(model)] == [0, 0.2, 0.4]
-    assert len(network.unused_keys(model)) == 5 * (1 + 3 * 3)
 
 
 @pytest.mark.parametrize("shape", [(12, 5000), (1, 12, 31), (1, 11, 5000)])
@@ -195,23 +166,16 @@ def test_every_convolution_is_right_in_bf16(training):
         assert bf16_error(model, x) < 0.02
 
 
-def test_a_kernel_that_pads_wrongly_is_not_used(monkeypatch):
-    """The fault of CPUs with AMX, made on any machine: what a bf16 convolution pads by itself
-    comes out wrong."""
+def test_no_convolution_pads_by_itself(monkeypatch):
+    """In bf16 CPUs with AMX compute some of those wrongly (pytorch/pytorch#169688)."""
     conv1d, padded = F.conv1d, []
 
-    def faulty(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    def noted(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         padded.append(padding)
-        out = conv1d(x, weight, bias, stride, padding, dilation, groups)
-        if padding:
-            out = out.flip(1)
-        return out
+        return conv1d(x, weight, bias, stride, padding, dilation, groups)
 
-    model, x = network.ecgfounder(5).eval(), torch.randn(2, 12, 640)
-    with torch.no_grad():
-        want = model(x)
-        monkeypatch.setattr(F, "conv1d", faulty)
-        torch.testing.assert_close(model(x), want)
+    monkeypatch.setattr(F, "conv1d", noted)
+    network.ecgfounder(5)(torch.randn(2, 12, 640))
     assert len(padded) == 61 and not any(padded)
 
 
@@ -273,18 +237,6 @@ def test_the_branch_is_computed_for_the_kept_samples_alone(p, batch, kept):
     torch.testing.assert_close(out[changed], want[changed])
 
 
-def test_expectation_is_the_plain_branch():
-    torch.manual_seed(0)
-    block = network.Block(16, 16, 1, 0.5, True).train()
-    x = torch.randn(6, 16, 40)
-    with torch.no_grad():
-        mean = torch.stack([block(x) for _ in range(300)]).mean(0) - block.shortcut(x)
-        branch = block.branch(x)
-    # Half of the time a sample keeps its branch, at scale 2: the mean's standard error is
-    # |branch| / sqrt(300).
-    assert ((mean - branch).abs() <= 5 * branch.abs() / 300**0.5 + 1e-6).all()
-
-
 def test_blocks_draw_independently_and_anew():
     torch.manual_seed(0)
     a, b = (network.Block(16, 16, 1, 0.5, True).train() for _ in range(2))
@@ -322,64 +274,10 @@ def test_in_eval_and_at_zero_it_is_the_plain_network_bit_for_bit(founder):
 
 # -------------------------------------------------------------------------------------- checkpoints
 
-def test_official_file_loads_without_its_head_and_ours_loads_back(official, founder):
-    model = network.ecgfounder(44)
-    head = model.dense.weight.clone()
-    network.load_pretrained(model, official)
-    assert torch.equal(model.dense.weight, head)
-    assert network.read_checkpoint(official)["val_auroc"] == 0.9
-    for key, value in model.state_dict().items():
-        if not key.startswith("dense."):
-            assert torch.equal(value, founder.state_dict()[key]), key
-
-
-def test_numpy_2_scalar_loads_too(tmp_path):
+def test_a_scalar_of_this_numpy_loads_too(tmp_path):
     state = {"w": torch.zeros(1)}
     torch.save({"state_dict": state, "val_auroc": np.float64(0.5)}, tmp_path / "w.pth")
-    if np.__version__ < "2":
-        rename_in_zip(tmp_path / "w.pth", b"numpy.core.multiarray", b"numpy._core.multiarray")
-    assert b"numpy._core" in (tmp_path / "w.pth").read_bytes()
     assert network.read_checkpoint(tmp_path / "w.pth")["val_auroc"] == 0.5
-
-
-@pytest.fixture
-def small_official(tiny, tmp_path):
-    """The official file's like for the small network."""
-    model = network.ecgfounder(150)
-    unused = {key: torch.ones(1) for key in network.unused_keys(model)}
-    torch.save({"state_dict": model.state_dict() | unused}, tmp_path / "official.pth")
-    return tmp_path / "official.pth"
-
-
-def changed(change):
-    """A file with other content in its state_dict."""
-    def write(official, path):
-        state = network.read_checkpoint(official)["state_dict"]
-        change(state)
-        torch.save({"state_dict": state}, path)
-        return path
-    return write
-
-
-DEEP, GATE = "stage_list.1.block_list.1.conv2.conv.weight", "stage_list.0.block_list.0.se_fc1.bias"
-
-
-@pytest.mark.parametrize("head, change, words", [
-    (True, changed(lambda s: s.pop("dense.bias")), ["missing", "dense.bias"]),
-    (False, changed(lambda s: s.pop("first_bn.weight")), ["missing", "first_bn.weight"]),
-    (False, changed(lambda s: s.update({GATE: torch.zeros(3)})), [f"{GATE} (3,), wanted (8,)"]),
-    (False, changed(lambda s: s.update(renamed=s.pop(DEEP))),
-     [f"1 missing (first: {DEEP}); 1 unexpected (first: renamed)"]),
-    (False, changed(lambda s: s.update({GATE: torch.full((8,), torch.nan)})),
-     [f"{GATE} is not finite"]),
-])
-def test_every_difference_is_an_error_that_names_it(small_official, tmp_path, head, change, words):
-    path, model = change(small_official, tmp_path / "changed.pth"), network.ecgfounder(150)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(network.WeightsError) as error:
-        network.load_pretrained(model, path, head)
-    assert all(word in str(error.value) for word in words), error.value
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # nothing loaded
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -400,20 +298,16 @@ def test_a_bare_state_dict_and_a_file_without_a_head_load(tiny, tmp_path, bare, 
 
 # ----------------------------------------------------------------------------------------- the tool
 
-def test_verify_a_file_that_is_not_the_release(official, capsys):
-    network.main(["--weights", str(official)])
-    out = capsys.readouterr().out
-    for words in ("204 tensors", "305 unused", "12 leads, 150 classes", "not the known 12-lead"):
-        assert words in out
-
-
 def test_verify_compares_the_logits_of_the_release(official, monkeypatch, capsys, fails, golden):
     monkeypatch.setattr(network, "OFFICIAL_SHA256", network.sha256(official))
     # The stand-in has other weights.
     fails(network.main, ["--weights", official], "not the published ones")
     monkeypatch.setattr(network, "OFFICIAL_LOGITS", tuple(golden["model_logits"]["logits_first10"]))
     network.main(["--weights", str(official)])
-    assert "logits equal the published ones" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    for words in ("204 tensors", "305 unused", "12 leads, 150 classes", "the known 12-lead",
+                  "logits equal the published ones"):
+        assert words in out
 
 
 def test_download_checks_the_hash(tmp_path, monkeypatch, capsys, fails):

@@ -1,5 +1,4 @@
 """Sets of one's own: tables, fewer leads, other sets, thresholds, long records, features."""
-import csv
 import hashlib
 import json
 import re
@@ -16,7 +15,7 @@ import data
 import evaluate
 import model as network
 import post_train
-from helpers import ROOT, write_record
+from helpers import ROOT, read_csv, write_csv, write_record
 from make_demo import NAMES
 
 N = 40
@@ -32,13 +31,6 @@ def ecg(fast, samples, fs, rng):
     return np.outer(np.linspace(0.5, 1.5, 12), beat) + rng.normal(0, 0.02, (12, samples))
 
 
-def write_table(path, rows):
-    with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 @pytest.fixture(scope="module")
 def clinic_set(tmp_path_factory):
     """40 records at 257 Hz in microvolts, leads in another order, and clinic.csv beside them."""
@@ -50,7 +42,7 @@ def clinic_set(tmp_path_factory):
         write_record(root / f"ecg/r{i}", signal, [NAMES[k] for k in order], 257, "uV", 1)
         rows.append({"record": f"ecg/r{i}", "patient_id": f"p{i // 2}", "fold": i // 4 + 1,
                      "fast": fast, "AFIB": i % 3 // 2, "noise": i % 4 // 2})
-    write_table(root / "clinic.csv", rows)
+    write_csv(root / "clinic.csv", rows)
     data.build_cache(root, root / "clinic.csv", workers=1)
     return root
 
@@ -59,11 +51,6 @@ def clinic_set(tmp_path_factory):
 def clinic(clinic_set, tmp_path, monkeypatch):
     """A copy, as the current folder."""
     monkeypatch.chdir(shutil.copytree(clinic_set, tmp_path / "clinic"))
-
-
-def rows_of(name="clinic.csv"):
-    with open(name, newline="") as f:
-        return list(csv.DictReader(f))
 
 
 def train(*more):
@@ -75,13 +62,13 @@ def train(*more):
 # ------------------------------------------------------------------------------------------- tables
 
 def test_a_table_becomes_labels(clinic):
-    labels, rows = data.load_labels(".", "clinic.csv"), rows_of()
+    labels, rows = data.load_labels(".", "clinic.csv"), read_csv("clinic.csv")
     assert labels.classes == CLASSES and labels.ecg_id.tolist() == [r["record"] for r in rows]
     assert labels.patient_id.tolist() == [r["patient_id"] for r in rows]
     assert labels.y.tolist() == [[int(row[name]) for name in CLASSES] for row in rows]
     assert labels.fold.tolist() == [int(row["fold"]) for row in rows]
     numbered = [{"ecg_id": 100 - i, **row, "patient_id": ""} for i, row in enumerate(rows)]
-    write_table("numbered.csv", [row | {"fast": f"{row['fast']}.0"} for row in numbered])
+    write_csv("numbered.csv", [row | {"fast": f"{row['fast']}.0"} for row in numbered])
     again = data.load_labels(".", "numbered.csv")
     assert again.ecg_id.tolist() == list(range(100, 60, -1)) and np.array_equal(again.y, labels.y)
     assert len(set(again.patient_id.tolist())) == N  # unknown patients are each their own
@@ -89,35 +76,30 @@ def test_a_table_becomes_labels(clinic):
 
 def test_whole_patients_are_dealt_to_folds_by_a_hash(clinic):
     """The same on every machine and in every order; CRC-32 of "123456789" is 0xcbf43926."""
-    rows = [{k: v for k, v in row.items() if k != "fold"} for row in rows_of()]
-    write_table("dealt.csv", rows)
-    write_table("backwards.csv", [row | {"patient_id": "123456789"} for row in rows[:1]]
-                + rows[:0:-1])
-    labels, again = (data.load_labels(".", name) for name in ("dealt.csv", "backwards.csv"))
-    fold_of = dict(zip(labels.patient_id.tolist(), labels.fold.tolist()))
-    assert all(fold_of[p] == f for p, f in zip(labels.patient_id, labels.fold))
-    assert again.fold[0] == 0xcbf43926 % 10 + 1
-    assert all(fold_of[p] == f for p, f in zip(again.patient_id[1:], again.fold[1:]))
-    rows[0]["patient_id"], rows[1]["patient_id"] = "", " 7.0"
-    write_table("dealt.csv", rows)
-    folds = data.load_labels(".", "dealt.csv").fold
-    assert folds[:2].tolist() == [zlib.crc32(b"ecg/r0") % 10 + 1, zlib.crc32(b"7") % 10 + 1]
-    lone = [{k: v for k, v in row.items() if k != "patient_id"} for row in rows]
-    write_table("lone.csv", lone)
-    folds = data.load_labels(".", "lone.csv").fold
-    assert set(folds) <= set(range(1, 11)) and len(set(folds)) > 5
+    rows = [{k: v for k, v in row.items() if k != "fold"} for row in read_csv("clinic.csv")]
+    for row, patient in zip(rows, ("", " 7.0", "123456789")):
+        row["patient_id"] = patient
+    write_csv("dealt.csv", rows)
+    write_csv("lone.csv", [{"record": row["record"], "AFIB": row["AFIB"]} for row in rows])
+    records = [row["record"] for row in rows]
+    patients = ["ecg/r0", "7", "123456789", *(f"p{i // 2}" for i in range(3, N))]
+    for table, names in (("dealt.csv", patients), ("lone.csv", records)):
+        folds = data.load_labels(".", table).fold.tolist()
+        assert folds == [zlib.crc32(name.encode()) % 10 + 1 for name in names]
+        assert folds[2] == 0xcbf43926 % 10 + 1 or table == "lone.csv"
 
 
 def test_names_of_columns(clinic, fails):
-    """Spaces around them and in cells do not count, nor do the records' endings; True is 1. A
-    column without a name, as pandas writes its index, is said."""
+    """Spaces around them and in cells do not count, nor do the records' endings, a byte order mark
+    and the line ends of Windows; True is 1. A column without a name, as pandas writes its index,
+    is said."""
     text = open("clinic.csv").read()
-    with open("spaced.csv", "w") as f:
+    with open("spaced.csv", "w", encoding="utf-8-sig", newline="\r\n") as f:
         f.write(text.replace("fold", " fold ", 1).replace(",", ", "))
     assert data.load_labels(".", "spaced.csv").classes == CLASSES
     ended = [row | {"record": f"{row['record']}.hea", "AFIB": str(row["AFIB"] == "1")}
-             for row in rows_of()]
-    write_table("ended.csv", ended)
+             for row in read_csv("clinic.csv")]
+    write_csv("ended.csv", ended)
     for name in ("spaced.csv", "ended.csv"):
         table, plain = data.read_table(".", name), data.read_table(".", "clinic.csv")
         assert table.records == plain.records and list(table.ecg_id) == list(plain.ecg_id)
@@ -133,9 +115,9 @@ def test_names_of_columns(clinic, fails):
 def test_two_tables_over_one_folder_do_not_disturb_each_other(clinic):
     first = data.find_cache(".", "clinic.csv")[0].array
     before = first.read_bytes()
-    rows = rows_of()
-    write_table("half.csv", rows[::-2])
-    write_table("relabelled.csv", [row | {"fast": "0"} for row in rows])
+    rows = read_csv("clinic.csv")
+    write_csv("half.csv", rows[::-2])
+    write_csv("relabelled.csv", [row | {"fast": "0"} for row in rows])
     data.build_cache(".", "half.csv", workers=1)
     labels, signals = data.load_records(".", "half.csv")
     assert first.read_bytes() == before and len(signals) == 20
@@ -144,47 +126,38 @@ def test_two_tables_over_one_folder_do_not_disturb_each_other(clinic):
     assert data.find_cache(".", "relabelled.csv")[0].array == first  # the records are the same
 
 
-def test_the_cache_holds_the_leads_by_name(clinic):
-    labels, signals = data.load_records(".", "clinic.csv")
-    want = data.preprocess(*data.read_record("ecg/r3"))
-    np.testing.assert_array_equal(signals[3], want.astype(np.float16))
-    amplitude = data.read_record("ecg/r3")[0].max(1)
-    np.testing.assert_allclose(amplitude, np.linspace(0.5, 1.5, 12), atol=0.15)  # millivolts
-
-
 def test_from_a_table_to_scores(clinic, tiny, capsys):
-    """And a table that lacks a class in training, and has a patient on both sides."""
-    train("--frac", "0.75")
-    out = capsys.readouterr().out
-    assert "24 records to train and 4 to validate" in out and "no training record" not in out
-    assert "3 classes: fast, AFIB, noise" in out
-    checkpoint = torch.load("run/best.pt", weights_only=True)
-    assert checkpoint["classes"] == CLASSES and checkpoint["args"]["frac"] == 0.75
-    assert json.load(open("run/test.json"))["n"] == 4
-    rows = rows_of()
+    """It lacks a class in training, and has a patient on both sides."""
+    rows = read_csv("clinic.csv")
     for row in rows[:36]:
         row["AFIB"] = "0"
     rows[39]["patient_id"] = rows[36]["patient_id"] = "p0"
-    write_table("clinic.csv", rows)
-    train("--out", "again")
+    write_csv("clinic.csv", rows)
+    train()
     out = capsys.readouterr().out
-    assert "no training record has AFIB" in out and "no validation record has AFIB" in out
-    assert "1 patients are in more than one" in out
+    for said in ("32 records to train and 4 to validate", "3 classes: fast, AFIB, noise",
+                 "no training record has AFIB", "no validation record has AFIB",
+                 "1 patients are in more than one"):
+        assert said in out
+    assert torch.load("run/best.pt", weights_only=True)["classes"] == CLASSES
+    assert json.load(open("run/test.json"))["n"] == 4
     args = post_train.parse(["--task", "some/clinic.csv"])
     assert args.out == "runs/clinic-frac1-post-seed0"
 
 
-def test_the_readmes_example(clinic, tiny, monkeypatch, capsys):
-    """Its code makes the table, and its three commands train, score and predict."""
+def test_the_readmes_example(clinic, tiny, capsys):
+    """A table like its own, and its three commands, which train, score and predict."""
     readme = (ROOT / "README.md").read_text()
     Path("clinic/some").mkdir(parents=True)
     for i in range(N):
-        name = f"clinic/{('some/', 'afib')[i % 2]}r{i}"
-        write_record(name, data.read_record(f"ecg/r{i}")[0], NAMES, 257)
+        write_record(f"clinic/some/r{i}", data.read_record(f"ecg/r{i}")[0], NAMES, 257)
     shutil.copy("clinic/some/r0.hea", "clinic/some/record.hea")
-    exec(re.search(r"```python\n(import pandas.*?)```", readme, re.S)[1], {})
-    labels = data.load_labels("clinic", "clinic.csv")
-    assert labels.classes == ["AFIB"] and labels.y.sum() == N // 2 and len(labels.y) == N + 1
+    table = re.search(r"```\n(record,.*\n)(.*\n)+?```", readme)
+    Path("shown.csv").write_text(table[0].replace("```\n", "").replace("```", ""))
+    shown = data.load_labels(".", "shown.csv")
+    assert shown.classes == ["AFIB"] and shown.y.tolist() == [[1], [0], [0]]
+    rows = [f"some/r{i},{i // 2},{i % 2}\n" for i in range(N)]
+    Path("clinic.csv").write_text(table[1] + "".join(rows))
     commands = [line for line in readme.splitlines() if re.match("python .*clinic", line)]
     assert len(commands) == 3
     for command in commands:
@@ -220,17 +193,6 @@ def test_a_cut_network_is_the_whole_one_with_zeros(tmp_path, leads):
         torch.testing.assert_close(cut.eval()(x[:, index]), whole.eval()(x), atol=1e-6, rtol=1e-5)
 
 
-def test_the_one_lead_release_fits_lead_i_alone(tmp_path):
-    torch.manual_seed(0)
-    release = network.ecgfounder(4, 1)
-    torch.save({"state_dict": release.state_dict()}, tmp_path / "one.pth")
-    model = network.ecgfounder(2, 1)
-    assert network.load_pretrained(model, tmp_path / "one.pth", leads=("I",)) == 0
-    assert torch.equal(model.first_conv.conv.weight, release.first_conv.conv.weight)
-    with pytest.raises(network.WeightsError, match="is of leads I; wanted V1 too"):
-        network.load_pretrained(model, tmp_path / "one.pth", leads=("V1",))
-
-
 def test_the_one_lead_release_is_fetched_and_its_hash_printed(tiny, tmp_path, monkeypatch, capsys):
     """Not compared, as none is known; a damaged file is fetched again."""
     monkeypatch.chdir(tmp_path)
@@ -243,6 +205,8 @@ def test_the_one_lead_release_is_fetched_and_its_hash_printed(tiny, tmp_path, mo
     assert f"sha256 {digest.hexdigest()}: not the known" in out
     train_on = network.ecgfounder(2, 1)
     assert network.load_pretrained(train_on, network.OFFICIAL_ONE_LEAD, leads=("I",)) == 0
+    with pytest.raises(network.WeightsError, match="is of leads I; wanted V1 too"):
+        network.load_pretrained(train_on, network.OFFICIAL_ONE_LEAD, leads=("V1",))
 
 
 @pytest.mark.parametrize("how", data.PREPROCESSING)
@@ -331,14 +295,14 @@ def test_external_validation(trained, tmp_path, fails, capsys):
     other = tmp_path / "georgia"
     shutil.copytree("ecg", other / "ecg")
     rows = [{"record": row["record"], "AFIB": row["AFIB"], "PVC": row["noise"],
-             "fast": row["fast"]} for row in rows_of()]
-    write_table(tmp_path / "georgia.csv", rows)
+             "fast": row["fast"]} for row in read_csv("clinic.csv")]
+    write_csv(tmp_path / "georgia.csv", rows)
     evaluate.main(["run/best.pt", "--data", str(other), "--task", str(tmp_path / "georgia.csv"),
                    "--fold", "all", "--json", "s.json"])
     out, scores = capsys.readouterr().out, json.load(open("s.json"))
     assert f"run/predictions-georgia-georgia-all.npz: predictions of {N} records" in out
     assert "classes left out: PVC of georgia.csv; noise of run/best.pt" in out
-    write_table(tmp_path / "none.csv", [{"record": row["record"], "PVC": 1} for row in rows[1:]])
+    write_csv(tmp_path / "none.csv", [{"record": row["record"], "PVC": 1} for row in rows[1:]])
     argv = ["run/best.pt", "--data", str(other), "--task", str(tmp_path / "none.csv")]
     fails(evaluate.main, argv, "no class in common", "PVC", "wanted")
     assert len(list((other / "cache").glob("*.json"))) == 1  # no cache was built for it
@@ -414,7 +378,7 @@ def test_many_records_make_one_table(trained, fails, capsys):
     argv = ["--record", "ecg", "A0001.mat", "A0001.hea", "ecg/r2", "--out", "all.csv"]
     evaluate.main(["run/best.pt", *argv])  # some of them stand twice
     assert f"all.csv: {N + 1} records, 3 classes" in capsys.readouterr().out
-    rows = rows_of("all.csv")
+    rows = read_csv("all.csv")
     assert sorted(row["record"] for row in rows) == sorted(
         ["A0001", *(f"ecg/r{i}" for i in range(N))])
     thresholds = torch.load("run/best.pt", weights_only=True)["thresholds"]
@@ -428,7 +392,7 @@ def test_many_records_make_one_table(trained, fails, capsys):
         [float(rows[-1][c]) for c in CLASSES], abs=2e-3)
     open("ecg/r5.dat", "wb").close()
     fails(evaluate.main, ["run/best.pt", "--record", "ecg"], "ecg/r5", f"1 of {N}", "records.csv")
-    assert len(rows_of("run/records.csv")) == N - 1
+    assert len(read_csv("run/records.csv")) == N - 1
 
 
 def write_challenge_record(name, signal):

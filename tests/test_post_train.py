@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +18,8 @@ import evaluate
 import model as network
 import post_train
 import tiny as small
-from helpers import ROOT, TESTS, assert_same_run, edit_csv, history, states_kept, weights
+from helpers import (ROOT, TESTS, arguments, assert_same_run, edit_csv, history, states_kept,
+                     weights)
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 SHORT = "--probe-epochs", "0", "--epochs", "1"
@@ -32,12 +32,6 @@ def parse(*more):
 
 FINETUNE = post_train.stages_of(parse())[1]
 BASELINE = post_train.stages_of(parse("--strategy", "baseline"))[1]
-
-
-def arguments(demo, out, *more):
-    return [str(a) for a in (
-        "--data", demo, "--task", "rhythm12", "--weights", "none", "--probe-epochs", "2",
-        "--epochs", "2", "--batch-size", "16", "--device", "cpu", "--out", out, *more)]
 
 
 def checkpoint(out, name):
@@ -104,6 +98,11 @@ def test_the_published_recipes():
     assert recipe("--strategy", "baseline", "--frac", "0.1", "--seed", "3") == (
         (("probe", 0, *probe[2:]), official), (0, "constant", 0, 256, False),
         "runs/all71-frac0.1-baseline-seed3")
+    given = ("--probe-epochs 7 --probe-lr 2 --epochs 8 --lr 3 --layer-decay 0.4 --drop-path 0.1 "
+             "--drop-path-mode linear --dropout 0.2 --batch-size 9 --no-interpolate --out x")
+    assert recipe(*given.split()) == (
+        (("probe", 7, 2.0, *probe[3:]), ("finetune", 8, 3.0, *finetune[3:8], 0.4)),
+        (0.1, "linear", 0.2, 9, False), "x")
 
 
 @pytest.mark.parametrize("steps, more, epochs", [
@@ -111,36 +110,6 @@ def test_the_published_recipes():
     (67, "--probe-epochs 7", 7), (67, "--strategy baseline", 0)])
 def test_length_of_the_preview(steps, more, epochs):
     assert post_train.stages_of(parse(*more.split()), steps)[0].epochs == epochs
-
-
-def settings_of(*more):
-    args = parse(*more)
-    parts = {stage.name: stage._asdict() for stage in post_train.stages_of(args)}
-    parts["args"] = vars(args)
-    return {(part, key): value for part in parts for key, value in parts[part].items()}
-
-
-@pytest.mark.parametrize("strategy", ["post", "baseline"])
-@pytest.mark.parametrize("key, setting", post_train.RECIPE.items())
-def test_table_and_option_set_what_they_name(monkeypatch, key, setting, strategy):
-    stage = "probe" if key.startswith("probe_") else "finetune"
-    named = {(stage, key.removeprefix("probe_"))} | ({("args", key)} if setting.help else set())
-    before = settings_of("--strategy", strategy)
-    named &= before.keys()
-    kind = type(setting.baseline)
-    value = {bool: not getattr(setting, strategy), int: 7, str: "other"}.get(kind, 0.25)
-    wanted = before | dict.fromkeys(named, value)
-    assert named and wanted != before
-    option = [f"--{key.replace('_', '-')}", str(value)]
-    if isinstance(value, bool):
-        option = ["--interpolate" if value else "--no-interpolate"]
-    if setting.help:
-        assert settings_of("--strategy", strategy, *option) == wanted
-    else:
-        with pytest.raises(SystemExit):
-            parse(*option)
-    monkeypatch.setitem(post_train.RECIPE, key, setting._replace(**{strategy: value}))
-    assert settings_of("--strategy", strategy) == wanted
 
 
 def test_every_option_explains_itself(capsys):
@@ -342,29 +311,14 @@ def test_probing_on_features_equals_running_the_backbone_in_every_epoch(run, dem
         torch.testing.assert_close(value, model.state_dict()[key], atol=1e-5, rtol=0)
 
 
-def test_the_probe_leaves_the_backbone_and_fine_tuning_changes_it_all(undisturbed, tiny):
-    torch.manual_seed(0)
-    start = network.ecgfounder(12).state_dict()
-    probed, tuned = weights(undisturbed, "probe.pt"), weights(undisturbed)
-    for key in start:
-        assert torch.equal(start[key], probed[key]) == (not key.startswith("dense.")), key
-        assert not torch.equal(probed[key], tuned[key]), key
-
-
-def test_fine_tuning_begins_with_the_probes_best_epoch(run, demo_set, monkeypatch):
-    starts, train = [], post_train.train_epoch
-
-    def note(net, *rest):
-        if isinstance(net, network.ECGFounder):
-            starts.append({key: value.clone() for key, value in net.state_dict().items()})
-        return train(net, *rest)
-
-    monkeypatch.setattr(post_train, "train_epoch", note)
-    out = run(demo_set)
-    probe = checkpoint(out, "probe")
+def test_fine_tuning_begins_with_the_probes_best_epoch(run, demo_set, undisturbed):
+    """At a rate of nearly 0 it stays there; else it changes every tensor."""
+    out = run(demo_set, "--lr", "1e-30")
+    probe, tuned = checkpoint(out, "probe"), weights(undisturbed)
     assert probe["epoch"] == best_of_probe(history(out)) < 2  # so that the last is another
-    for key, value in probe["state_dict"].items():
-        assert torch.equal(value, starts[0][key]), key
+    for key, value in weights(out).items():
+        assert torch.equal(value, probe["state_dict"][key]), key
+        assert not torch.equal(value, tuned[key]), key
 
 
 def test_baseline_and_ablations(run, demo, monkeypatch):
@@ -384,31 +338,18 @@ def test_baseline_and_ablations(run, demo, monkeypatch):
     assert data.find_cache(demo, how="raw")[0].array.exists()
 
 
-def test_from_weights_come_all_but_an_unrelated_head(run, demo_set, undisturbed, monkeypatch):
+def test_from_weights_come_all_but_an_unrelated_head(run, demo_set, undisturbed):
     """A head drawn from the seed alone would be the one that the features grew up with."""
-    heads, train_epoch = [], post_train.train_epoch
-
-    def seen(net, *rest):
-        heads.append(net[1].weight.detach().flatten().clone())
-        return train_epoch(net, *rest)
-
-    monkeypatch.setattr(post_train, "train_epoch", seen)
-    for more in ((), (), ("--seed", "1"), ("--task", "form19")):
-        out = run(demo_set, "--weights", undisturbed / "best.pt", *ONE_PROBE, *more)
-    before, after = weights(undisturbed, "best.pt"), weights(out)
+    options = "--weights", undisturbed / "best.pt", *ONE_PROBE, "--probe-lr", "1e-30"
+    again, same, other = (run(demo_set, *options, "--seed", seed) for seed in (0, 0, 1))
+    assert history(again) == history(same) != history(other)
+    before, after = weights(undisturbed, "best.pt"), weights(other)
     assert all(torch.equal(before[key], after[key]) for key in before if key[:5] != "dense")
     torch.manual_seed(0)
-    drawn, grown = network.ecgfounder(12).dense.weight.detach(), before["dense.weight"]
-    again, same, other, of_19 = heads
-    assert torch.equal(again, same) and len(of_19) * 12 == len(same) * 19
-    correlation = torch.corrcoef(torch.stack([drawn.flatten(), grown.flatten(), again, other]))
+    heads = [network.ecgfounder(12).dense.weight.detach(), before["dense.weight"],
+             *(weights(out)["dense.weight"] for out in (again, other))]
+    correlation = torch.corrcoef(torch.stack([head.flatten() for head in heads]))
     assert correlation[0, 1] > 0.5 and correlation.triu(1)[:, 2:].abs().max() < 0.25
-
-
-def test_another_seed_is_another_run_and_the_fraction_is_of_the_training_folds(run, demo_set):
-    assert history(run(demo_set, *ONE_PROBE)) != history(run(demo_set, *ONE_PROBE, "--seed", "1"))
-    run(demo_set, *ONE_PROBE, "--frac", "0.25")
-    assert "12 records to train and 5 to validate on, batch 12 (not 16)" in run.out
 
 
 def test_unreadable_records_are_left_out_on_request(run, demo, tmp_path, monkeypatch, fails):
@@ -439,22 +380,25 @@ def test_weights_that_have_seen_the_test_are_said(run, undisturbed, demo, tmp_pa
     weights, fold = str(undisturbed / "best.pt"), data.load_labels(demo, table).fold
     run(demo, "--weights", weights, *ONE_PROBE)
     assert "too good" not in run.out
-    run(demo, "--weights", weights, "--task", str(table), *ONE_PROBE)
+    out = run(demo, "--weights", weights, "--task", str(table), *ONE_PROBE)
+    both = {*labels.record[labels.fold < 9], *labels.record[fold < 9]}
+    assert checkpoint(out, "best")["trained_on"] == sorted(both)
     for k in (9, 10):
         n = ((fold == k) & (labels.fold < 9)).sum()
         assert n and f"{n} records of fold {k} trained {weights}" in run.out
 
 
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile wants g++")
-
-
-@pytest.mark.parametrize("option, error", [
-    (("--amp", "bf16"), 0.05), pytest.param(("--compile",), 1e-4, marks=needs_compiler)])
-def test_faster_it_trains_nearly_the_same(run, demo_set, option, error):
+@pytest.mark.parametrize("option, error", [(("--amp", "bf16"), 0.05), (("--compile",), 1e-4)])
+def test_faster_it_trains_nearly_the_same(run, demo_set, monkeypatch, option, error):
+    """Compiled: traced by Dynamo, without a C++ compiler's minute."""
+    compiled, compile = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or compile(
+        net, backend="aot_eager"))
     more = *SHORT, "--drop-path", "0", "--dropout", "0"
     plain, fast = run(demo_set, *more), run(demo_set, *more, *option)
     a, b = (history(out)[0]["train_loss"] for out in (plain, fast))
-    assert a == pytest.approx(b, rel=error) and (a != b or option == ("--compile",))
+    assert a == pytest.approx(b, rel=error)
+    assert a != b if "--amp" in option else len(compiled) == 1
     assert weights(plain).keys() == weights(fast).keys()
 
 
@@ -550,23 +494,16 @@ def check_what_is_left(out, undisturbed):
     assert lines == history(undisturbed)[:len(lines)]
 
 
-def test_a_resume_wants_the_same_arguments_and_records(run, demo, undisturbed, tmp_path, fails):
+def test_a_resume_wants_the_same_arguments_and_processes(run, demo, undisturbed, tmp_path, fails):
     """The data set itself may have moved: `demo` is another folder than that of the run."""
     out = shutil.copytree(undisturbed, tmp_path / "run")
     argv = [*arguments(demo, out), "--resume"]
     fails(post_train.main, [*argv, "--epochs", "9"], "--epochs was 2, now 9")  # though finished
     (out / "test.json").unlink()
     fails(post_train.main, [*argv, "--epochs", "9"], "--epochs was 2, now 9")
-    table, text = demo / data.DATABASE, (demo / data.DATABASE).read_text()
-    assert ",1,records100/" in text and ",9,records100/" in text
-    table.write_text(text.replace(",1,records100/", ",9,records100/", 1))  # to validate on now
-    fails(post_train.main, argv, "last.pt", "records differ", "data")
-    table.write_text(text)
     last = checkpoint(out, "last")
     torch.save(last | {"processes": 2}, out / "last.pt")  # other batches, other random numbers
     fails(post_train.main, argv, "last.pt", "processes differ")
-    (out / "last.pt").unlink()
-    fails(post_train.main, argv, out, "last.pt", "another --out")
     torch.save(last, out / "last.pt")
     run(demo, "--resume", out=out)
     assert_same_run(out, undisturbed)

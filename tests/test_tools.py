@@ -1,5 +1,4 @@
 """The tools of the README's experiment, and the README's own commands and code."""
-import csv
 import json
 import re
 import runpy
@@ -22,16 +21,11 @@ import hz100
 import make_subset
 import model as network
 import post_train
-from helpers import ROOT, edit_csv, weights
+from helpers import ROOT, edit_csv, read_csv, weights
 
 PAGES = ROOT / "README.md", ROOT / "tests" / "RESULTS.md"
 README = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
 README = README.replace("tests/tools/hz100.py ", "")     # before another script's command
-
-
-def read_csv(path):
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
 
 
 def test_the_two_sets_share_out_ptbxl(demo, tmp_path, fails):
@@ -251,28 +245,13 @@ def test_a_network_at_100_hz(tiny, demo_set, tmp_path, monkeypatch):
     assert score == pytest.approx(np.nanmean(evaluate.auroc_auprc(test.y, probs[0])[0]), abs=1e-9)
 
 
-def python_block(word):
-    return next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if word in b)
-
-
-def test_the_readmes_way_to_score_another_model(demo, tmp_path, monkeypatch, capsys):
-    (tmp_path / "ptbxl").symlink_to(demo)
-    monkeypatch.chdir(tmp_path)
-    labels = data.load_labels(demo, "all71")
-    truth = dict(zip(labels.ecg_id.tolist(), labels.y))
-    exec(python_block("other.npz"),
-         {"predict": lambda ids: np.stack([0.2 + 0.6 * truth[i] for i in ids.tolist()])})
-    evaluate.main(["other.npz"])
-    assert "other      1.0000 1.0000 to 1.0000" in capsys.readouterr().out
-
-
 def test_the_readmes_way_to_use_the_network(demo_set, tmp_path, monkeypatch):
     (tmp_path / "ptbxl").symlink_to(demo_set)
     founder = network.ecgfounder(150)
     (tmp_path / "checkpoints").mkdir()
     torch.save({"state_dict": founder.state_dict()}, tmp_path / network.OFFICIAL)
     monkeypatch.chdir(tmp_path)
-    code = python_block("model.ecgfounder")
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
     record = str(demo_set / "records500/00000/00001_hr")
     exec(code.replace("path/to/record", record), found := {})
     assert found["logits"].shape == (1, 5) and found["features"].shape == (1, 1024)

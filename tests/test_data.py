@@ -387,16 +387,6 @@ def test_an_up_to_date_cache_is_used_as_it_is(demo, reads, capsys):
     assert "60 records" in capsys.readouterr().out and not reads
 
 
-def test_batches_come_in_order_from_memory_and_from_disk(demo_set):
-    _, signals = data.load_records(demo_set, "all71")
-    rows = [np.array([5, 3]), np.array([0]), np.array([59, 59, 1])]
-    for source in (signals, torch.from_numpy(np.array(signals))):
-        got = list(data.batches(source, iter(rows)))
-        assert [b.dtype for b in got] == [torch.float32] * 3
-        assert all(np.array_equal(b, signals[r].astype(np.float32)) for b, r in zip(got, rows))
-    assert list(data.batches(signals, iter([]))) == []
-
-
 @pytest.mark.parametrize("folds", [data.TRAIN_FOLDS, [9], [9, 10]])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_dataset_through_a_loader(demo_set, folds, workers):

@@ -161,7 +161,7 @@ def test_the_readmes_example(clinic, tiny, capsys):
     commands = [line for line in readme.splitlines() if re.match("python .*clinic", line)]
     assert len(commands) == 3
     for command in commands:
-        script, *words = shlex.split(command)[1:]
+        script, *words = shlex.split(command, comments=True)[1:]
         if script == "post_train.py":
             words += shlex.split("--weights none --epochs 1 --probe-epochs 1 --batch-size 8")
         {"post_train.py": post_train, "evaluate.py": evaluate}[script].main(words)

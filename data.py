@@ -100,8 +100,10 @@ def is_own(task):
 
 def check_task(task):
     if not is_own(task) and task not in TASKS:
-        raise InputError(f"task {task!r} is unknown; wanted one of {', '.join(TASKS)}, or a .csv "
-                         "table")
+        from difflib import get_close_matches
+        near = "".join(f" did you mean {name}?" for name in get_close_matches(str(task), TASKS, 1))
+        raise InputError(f"task {task!r} is unknown;{near} wanted one of {', '.join(TASKS)}, or a "
+                         ".csv table")
 
 
 def read_table(root, task):

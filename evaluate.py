@@ -514,8 +514,12 @@ def find_records(paths):
 def thresholds_of(checkpoint):
     """(thresholds (L,), positives of fold 9 that each rests on (L,)); NaN and 0 where unknown."""
     n = len(checkpoint["classes"])
-    thresholds = np.array(checkpoint.get("thresholds", [np.nan] * n))
-    return thresholds, checkpoint.get("positives", [0] * n)
+    known = checkpoint.get("thresholds"), checkpoint.get("positives")
+    for values in known:
+        fits = isinstance(values, list) and len(values) == n
+        if not fits or not all(isinstance(value, int | float) for value in values):
+            return np.full(n, np.nan), [0] * n
+    return np.array(known[0]), known[1]
 
 
 def record_lines(checkpoint, prediction, top=5):

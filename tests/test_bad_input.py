@@ -258,7 +258,7 @@ SPOILED = {     # (script, what the line names): {what it names, too: [what was 
 OPTIONS = {     # script: {options: what the line names}
     TRAIN: {
         "--data elsewhere": "elsewhere/ptbxl_database.csv, data.py --download",
-        "--task diagnostics44": "'diagnostics44', diagnostic44, .csv",
+        "--task diagnostics44": "'diagnostics44', did you mean diagnostic44, .csv",
         "--leads I,IV": "--leads, 'IV', wanted, aVR", "--leads ''": "--leads, wanted, aVR",
         "--frac 0": "fraction, is 0, 0 < ", "--frac 1.01": "fraction, 1.01, <= 1",
         "--epochs -1": "--epochs, -1, at least 0", "--probe-epochs -1": "--probe-epochs, -1",
@@ -325,7 +325,7 @@ def test_bad_input(world, fails, script, options, spoil, words):
     assert line.startswith(f"{script.module.__name__}.py: ") and len(line) < 600
     assert "Errno" not in line or "urlopen" in line
     told = line.partition(": ")[2]
-    assert re.search(r"wanted|fetch|make|remove|train|give|name|--\w", told), line
+    assert re.search(r"wanted|fetch|make|remove|train|did you mean|give|name|--\w", told), line
     after = snapshot()
     assert before.items() <= after.items(), "an earlier file was touched"
     left = [path for path in after if re.match(r"\.\d+\.", Path(path).name)]

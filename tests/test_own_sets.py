@@ -357,6 +357,9 @@ def test_thresholds_come_from_fold_9(trained, capsys):
         above = known and float(lines[name].split()[1]) >= thresholds[i]
         assert ("above" in lines[name]) == above
         assert ("few" in lines[name]) == known  # none has ten positives among four ECGs
+    for unfit in ("x", thresholds.tolist()[1:], ["x"] * 3):
+        unknown, positives = evaluate.thresholds_of(checkpoint | {"thresholds": unfit})
+        assert np.isnan(unknown).all() and positives == [0] * 3
 
 
 def test_a_long_record_is_averaged_over_its_windows(trained, capsys):

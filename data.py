@@ -650,15 +650,11 @@ def batches(signals, rows, device="cpu"):
     """
     if isinstance(signals, torch.Tensor):
         for index in rows:
-            yield signals.index_select(0, torch.as_tensor(index, device=signals.device)).float()
+            yield signals.index_select(0, send(index, signals.device)).float()
         return
 
     def load(index):
-        batch = torch.from_numpy(signals[index])  # a copy of these rows alone
-        if torch.device(device).type == "cuda":
-            with torch.cuda.device(device):  # a thread begins on the first GPU
-                return batch.pin_memory().to(device, non_blocking=True)
-        return batch
+        return send(signals[index], device)  # a copy of these rows alone
 
     with ThreadPoolExecutor(1) as pool:
         ahead = None
@@ -668,6 +664,15 @@ def batches(signals, rows, device="cpu"):
                 yield batch.result().float()
         if ahead is not None:
             yield ahead.result().float()
+
+
+def send(array, device):
+    """An array as a tensor on `device`. A GPU that is at work is not waited for."""
+    tensor = torch.from_numpy(array)
+    if torch.device(device).type != "cuda":
+        return tensor
+    with torch.cuda.device(device):  # a thread begins on the first GPU
+        return tensor.pin_memory().to(device, non_blocking=True)
 
 
 # -------------------------------------------------------------------------------------------- files

@@ -231,7 +231,7 @@ def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None
             group["lr"] = rates[step] * group.get("scale", 1.0)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = net(x)
-        y = split.y.index_select(0, torch.as_tensor(index[step], device=device))
+        y = split.y.index_select(0, data.send(index[step], device))
         loss = F.binary_cross_entropy_with_logits(logits.float(), y)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -548,9 +548,9 @@ def check_precision(model, split, device, amp):
                                     amp=dtype) for dtype in (None, amp))
     error, size = np.linalg.norm(coarse - exact), np.linalg.norm(exact)
     if not error <= 0.1 * size:
-        raise InputError(f"this machine computes the network wrongly in {amp}: features are off by "
-                         f"{100 * error / size:.0f} % from float32's; give --amp off, and another "
-                         "--out if there is a last.pt")
+        raise InputError(f"this machine computes other features in {amp} than in float32, off by "
+                         f"{100 * error / size:.0f} %; give --amp off, or bf16 instead of fp16, "
+                         "with another --out if there is a last.pt")
 
 
 def check_same_run(args, last, described):
@@ -767,14 +767,12 @@ def train_in_group(args, device, rank, world):
         train(args, device, rank, world)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        train(args, device, rank, world)
-        # While a rank waits here, Gloo's threads let go of the last tensors. In torch 2.6 they
-        # cannot do so during destroy_process_group, which waits for them and holds Python's lock
-        # (pytorch/pytorch#154976).
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    train(args, device, rank, world)
+    # While a rank waits here, Gloo's threads let go of the last tensors. In torch 2.6 they cannot
+    # do so during destroy_process_group, which waits for them and holds Python's lock
+    # (pytorch/pytorch#154976).
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def finish(args, device):
@@ -813,6 +811,10 @@ def main(argv=None):
         status, message = 130, ("stopped; the same command with --resume goes on after the last "
                                 f"finished epoch ({args.out}/last.pt)")
     sys.stderr.write(f"post_train.py: {message}\n")
+    if dist.is_initialized():  # to leave the group would be to wait for the other processes
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

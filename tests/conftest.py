@@ -35,6 +35,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(no_data)
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    """What is no test of the GPU runs on the CPU on a machine with a GPU, too."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def real():
     return Path(os.environ["PTBXL_DIR"])

@@ -60,6 +60,7 @@ def end(process, errors):
 
 def script(errors, words, largest_file, kill_at):
     """In the new process."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.setsid()
     os.chdir(tiny.ROOT)

@@ -34,13 +34,17 @@ def two_gpus(monkeypatch):
 
 @pytest.fixture
 def fake(two_gpus, monkeypatch):
-    """Tensors may be made on DEVICE; what would read their numbers gets zeros."""
+    """Tensors may be made on DEVICE; what would read their numbers gets zeros -> list of the sizes
+    of what was pinned."""
+    pinned = []
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *a: None, raising=False)
     for name, zero in (("__float__", 0.0), ("__int__", 0), ("item", 0.0)):
         monkeypatch.setattr(torch.Tensor, name, lambda self, zero=zero: zero, raising=False)
     monkeypatch.setattr(post_train, "check_finite", lambda *a: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(len(self)) or self)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
-        yield
+        yield pinned
 
 
 def watched(model):
@@ -83,6 +87,7 @@ def test_an_epoch(fake, monkeypatch, amp):
     index = [np.arange(4), np.arange(4, 8)]
     post_train.train_epoch(model, optimizer, scaler, split, index, [1e-3] * 2, 1.0, amp)
     check(seen, amp)
+    assert fake == [4] * 4  # row numbers, of signals and labels: no copy waits for the GPU
     assert all(p.device == DEVICE for p in model.parameters())
     assert all(state["exp_avg"].device == DEVICE for state in optimizer.state.values())
 
@@ -105,14 +110,12 @@ class Array(np.ndarray):
 
 def test_inference(fake, monkeypatch):
     """What is predicted on a GPU, from pinned batches, comes back as numbers on the CPU."""
-    (model, seen), pinned = watched(network.ecgfounder(12).eval()), []
+    model, seen = watched(network.ecgfounder(12).eval())
     monkeypatch.setattr(data, "ThreadPoolExecutor", AtOnce)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(len(self)) or self)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: np.zeros(self.shape).view(Array))
     signals = np.zeros((5, 12, 5000), np.float16)
     got = evaluate.infer(model, signals, np.arange(5), DEVICE, 2, torch.float16)
-    assert got.shape == (5, 12) and pinned == [2, 2, 1]
+    assert got.shape == (5, 12) and fake == [2, 2, 1]
     check(seen, torch.float16)
 
 
@@ -143,3 +146,25 @@ def test_a_run_takes_its_gpu(two_gpus, demo_set, tmp_path, monkeypatch, options,
     assert two_gpus == [device]
     alone = ["fp16", device, 0, 1, (9, device), (10, device)]
     assert seen == (["nccl", "fp16", device, 1, 2] if rank else alone)
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, capsys):
+    """All processes end an NCCL group together: one that has failed ends without."""
+    class Ended(BaseException):
+        pass
+
+    def end(status):
+        raise Ended(status)
+
+    def train(*a):
+        raise data.InputError("alone")
+
+    group = SimpleNamespace(init_process_group=lambda kind: None, is_initialized=lambda: True)
+    monkeypatch.setattr(post_train, "dist", group)  # without a way to end it
+    monkeypatch.setattr(post_train, "train", train)
+    monkeypatch.setattr(post_train, "post_train",
+                        lambda args: post_train.train_in_group(args, DEVICE, 1, 2))
+    monkeypatch.setattr(post_train.os, "_exit", end)
+    with pytest.raises(Ended, match="2"):
+        post_train.main(["--task", "rhythm12"])
+    assert capsys.readouterr().err == "post_train.py: alone\n"

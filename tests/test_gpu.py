@@ -1,6 +1,7 @@
 """What needs a CUDA device: mixed precision, signals on the device or pinned, compile, and the
 whole road."""
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -64,6 +65,29 @@ def test_killed_and_resumed_goes_on(demo_set, tmp_path, monkeypatch):
     assert len(history(cut)) == len(history(whole)) == 8
     for a, b in zip(history(whole)[:4], history(cut)):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_no_step_waits_for_the_gpu(tiny, resident):
+    """The waits of an epoch do not grow with its steps (below the 16 between two checks)."""
+    device = torch.device("cuda", 0)
+    signals, y = np.zeros((48, 12, 320), np.float16), torch.zeros(48, 5, device=device)
+    array = torch.from_numpy(signals).to(device) if resident else signals
+    split = post_train.Split(array, np.arange(48), y)
+    model = network.ecgfounder(5, drop_path=0.5).to(device)
+    stage = post_train.stages_of(post_train.parse(["--task", "all71"]))[1]
+    optimizer, scaler = post_train.make_optimizer(stage, [model]), torch.amp.GradScaler("cuda")
+    waits = []
+    for steps in (1, 4, 12):  # the first: what happens once
+        index = np.split(np.arange(4 * steps), steps)
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            post_train.train_epoch(model, optimizer, scaler, split, index, [1e-3] * steps, 1.0,
+                                   torch.float16)
+        torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(w.message) for w in caught))
+    assert waits[1] == waits[2]
 
 
 def test_resident_and_pinned_batches_are_the_same(demo_set, monkeypatch):

@@ -522,13 +522,24 @@ def test_one_process_at_a_time_trains_in_a_folder(tiny, demo_set, tmp_path, fail
 NO_CHANCE = "--drop-path", "0", "--dropout", "0", "--batch-size", "12"
 
 
+def with_two_processes(argv):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         TESTS / "tiny.py", "post_train.py", *argv], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=240)
+
+
+def test_a_process_that_fails_alone_says_why_and_ends_the_others(demo_set, tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()  # in the way of what the first process writes
+    done = with_two_processes(arguments(demo_set, tmp_path))
+    said = [line for line in done.stderr.splitlines() if "post_train.py: " in line]
+    assert done.returncode and len(said) == 1, done.stderr
+    assert said[0].endswith("metrics.jsonl: is a directory")
+
+
 def test_two_processes_equal_one(tiny, demo_set, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         TESTS / "tiny.py", "post_train.py", *arguments(demo_set, two, *NO_CHANCE)],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240)
+    done = with_two_processes(arguments(demo_set, two, *NO_CHANCE))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("finetune 1/2") == 1  # rank 0 alone speaks
     post_train.main(arguments(demo_set, one, *NO_CHANCE))

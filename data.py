@@ -668,7 +668,7 @@ def batches(signals, rows, device="cpu"):
 
 def send(array, device):
     """An array as a tensor on `device`. A GPU that is at work is not waited for."""
-    tensor = torch.from_numpy(array)
+    tensor = torch.as_tensor(array)
     if torch.device(device).type != "cuda":
         return tensor
     with torch.cuda.device(device):  # a thread begins on the first GPU

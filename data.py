@@ -50,11 +50,13 @@ TASKS = {           # its columns: which flags the task's statements, which name
     "rhythm12": ("rhythm", STATEMENT),
 }
 PTBXL_COLUMNS = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_hr")
-LABELS = {"0": 0, "1": 1, "False": 0, "True": 1}    # cells of a class in such a table
+LABELS = {"0": 0, "1": 1, "False": 0, "True": 1, "FALSE": 0, "TRUE": 1, "false": 0, "true": 1}
 NOT_CLASSES = ("record", "ecg_id", "patient_id", "fold")    # columns of a table of one's own
+UNKNOWN = ("", "nan", "NaN", "NA")  # such a patient_id says nothing: the record stands for itself
 PREPROCESSING = ("filter", "zscore", "raw")
 
-MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
+MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
+MICROVOLTS = rb"/(\xc2\xb5|\xce\xbc|\xb5)[vV]"  # with a Greek letter, in UTF-8 and in Latin-1
 MAX_MILLIVOLTS = 1e4            # an ECG has about 1; the largest float16 is 65504
 MIN_FS, MAX_FS = 50, 100_000    # Hz, of what is resampled
 BASELINE_WINDOW = 201           # samples of the running median, 0.4 s
@@ -161,9 +163,10 @@ def read_csv(path, columns):
 
 
 def identifiers(rows, column):
-    """A column of names or numbers -> (N,) int64 where all are whole numbers, else str. Each empty
-    cell gets a negative number of its own."""
-    cells = [cell_of(row, column) or str(-1 - i) for i, row in enumerate(rows)]
+    """A column of names or numbers -> (N,) int64 where all are whole numbers, else str. Each
+    UNKNOWN one gets a negative number of its own."""
+    cells = [cell_of(row, column) for row in rows]
+    cells = [str(-1 - i) if cell in UNKNOWN else cell for i, cell in enumerate(cells)]
     if all(re.fullmatch(r"-?(0|[1-9]\d{0,14})", cell) for cell in cells):
         return np.array(list(map(int, cells)))
     return np.array(cells)
@@ -188,6 +191,10 @@ class Labels(NamedTuple):
     def take(self, chosen):
         """The records of an index or a mask."""
         return Labels(*(field[chosen] for field in self[:-1]), self.classes)
+
+    def of_patients(self, records):
+        """(N,) bool: the records of patients who have one among `records`, a list of names."""
+        return np.isin(self.patient_id, self.patient_id[np.isin(self.record, records)])
 
 
 def load_labels(root, task):
@@ -263,14 +270,16 @@ def read_own_labels(table):
     y = np.empty((len(table.rows), len(classes)), np.uint8)
     for i, row in enumerate(table.rows):
         for c, name in enumerate(classes):
-            if cell_of(row, name) not in LABELS:
+            cell = row[name] if row[name] in LABELS else cell_of(row, name)
+            if cell not in LABELS:
                 raise table.bad_cell(i, name, f"0 or 1, as {name} is taken for a class: all but "
                                      f"{', '.join(NOT_CLASSES)} are")
-            y[i, c] = LABELS[cell_of(row, name)]
+            y[i, c] = LABELS[cell]
     patients, people = -1 - np.arange(len(y)), table.records
     if "patient_id" in columns:
         patients = identifiers(table.rows, "patient_id")
-        people = [cell_of(row, "patient_id") or row["record"] for row in table.rows]
+        people = [cell_of(row, "patient_id") for row in table.rows]
+        people = [row["record"] if who in UNKNOWN else who for row, who in zip(table.rows, people)]
     if "fold" in columns:
         folds = read_folds(table, "fold")
     else:  # by a hash, so that a patient is in the same fold in every table and on every machine
@@ -328,8 +337,11 @@ def read_record(path, leads=LEADS):
         record = wfdb.rdrecord(str(path))
         signal, names, units = record.p_signal, record.sig_name, record.units
         fs = float(record.fs)
+        if re.search(MICROVOLTS, Path(f"{path}.hea").read_bytes()):  # wfdb leaves out the letter
+            units = ["uV" if unit in ("V", "v") else unit for unit in units]
     except Exception as error:  # wfdb raises nearly every type for a malformed header or short file
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        known = isinstance(error, OSError) and error.strerror
+        reason = line_of(error) if known else f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: cannot be read as a WFDB record ({reason}); wanted its .hea "
                          "header and the signal file that this names") from None
     n = 0 if signal is None else len(signal)
@@ -502,8 +514,8 @@ def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror.lower()}; the cache is kept there, remove "
-                         "what is in its way, or copy the data to a folder that can be written "
-                         "to") from None
+                         "what is in its way, or give a folder that can be written to, with links "
+                         "to the data") from None
     with locked(folder, [f"{cache.array.stem}.*"]):  # a second build waits here, for the first's
         # A whole cache without the records that could not be read is filled in where it is.
         array = cache.array if cache.open(plan) else cache.part

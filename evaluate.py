@@ -33,7 +33,7 @@ METRICS = ("auroc", "auprc")
 DRAWS = 1000        # of the bootstrap
 DRAW_CHUNK = 2**22  # weights held at once, 32 MB
 PICTURES = (".png", ".pdf", ".svg")
-FEW = 10            # a threshold that rests on fewer positives says so
+FEW = 10            # fewer positives give no threshold, and intervals that are too narrow
 CHECKPOINT_LAYOUT = 2
 CHECKPOINT = {"layout": int, "task": str, "classes": list, "leads": list, "preprocessing": str,
               "data": str, "args": dict}    # what one says of itself
@@ -111,11 +111,13 @@ def bootstrap(y_true, y_prob, patient_id=None, draws=DRAWS, seed=0):
     classes' positives. One seed gives the same patients the same weights whatever the model, so
     that differences of two models' draws are paired.
     """
+    from tqdm import tqdm
     if patient_id is None:
         patient_id = np.arange(len(y_true))
     people, patient = np.unique(patient_id, return_inverse=True)
     rng, chunks, step = np.random.default_rng(seed), [], max(1, DRAW_CHUNK // max(1, len(y_true)))
-    for start in range(0, draws, step):
+    starts = range(0, draws, step)
+    for start in tqdm(starts, "bootstrap", leave=False, disable=None if starts[1:] else True):
         weight = rng.exponential(size=(min(step, draws - start), len(people)))[:, patient]
         chunks.append(np.stack(auroc_auprc(y_true, y_prob, weight), axis=1))
     return np.concatenate(chunks)
@@ -144,10 +146,10 @@ def interval(point, draws):
 
 def best_thresholds(y_true, y_prob):
     """The threshold of each class, for probabilities that reach it, with the best F1 =
-    2 TP / (predicted + positives): (N, L), (N, L) -> (L,), NaN without a positive."""
+    2 TP / (predicted + positives): (N, L), (N, L) -> (L,), NaN without a positive or a negative."""
     y, prob = np.asarray(y_true, bool), np.asarray(y_prob, np.float64)
     thresholds, predicted = np.full(y.shape[1], np.nan), np.arange(1, len(y) + 1)
-    for c in np.flatnonzero(y.any(0)):
+    for c in np.flatnonzero(y.any(0) & ~y.all(0)):
         order = np.argsort(-prob[:, c], kind="stable")
         score, true = prob[order, c], np.cumsum(y[order, c])
         f1 = 2 * true / (predicted + true[-1])
@@ -220,6 +222,10 @@ def model_lines(reports):
             low, high = map(digits, r[f"macro_{m}_ci"])
             columns.append(f"{digits(r[f'macro_{m}'])} {low} to {high}")
         lines.append(f"{r['name']:{width}}  {'  '.join(columns)}")
+    few = [name for name, s in reports[0]["per_class"].items() if 0 < s["positives"] < FEW]
+    if few:
+        lines.append(f"{len(few)} of {len(reports[0]['per_class'])} classes have fewer than {FEW} "
+                     "positives: the intervals are too narrow")
     undefined = reports[0]["undefined"]
     if undefined:
         lines.append(f"without a positive or a negative, not counted: {', '.join(undefined)}")
@@ -273,8 +279,8 @@ def infer(function, signals, rows, device, batch_size=64, amp=None):
     autocast = torch.autocast(torch.device(device).type, amp, enabled=amp is not None)
     try:
         with torch.inference_mode(), autocast:
-            outputs = [function(x).float() for x in data.batches(signals, parts, device)]
-        return torch.cat(outputs).cpu().numpy()
+            return np.concatenate([function(x).float().cpu().numpy()
+                                   for x in data.batches(signals, parts, device)])
     except torch.OutOfMemoryError:
         if batch_size == 1:
             raise
@@ -355,14 +361,17 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     shared, note = shared_classes((Path(task).name, str(path)), classes)
     cache = data.build_cache(root, *made, skip_unreadable=skip)
     labels, signals = data.load_records(root, *made)
-    labels = labels.take(np.isin(labels.fold, folds))
+    trained = labels.of_patients(checkpoint.get("trained_on", []))
+    chosen = np.isin(labels.fold, folds)
+    seen, labels = trained[chosen].sum(), labels.take(chosen)
     if not len(labels.row):
         raise InputError(f"{root}: holds no record of {task} in fold "
                          f"{', '.join(map(str, folds))}; see --fold, --task and --data")
     theirs, mine = ([some.index(c) for c in shared] for some in classes)
-    seen, warning = np.isin(labels.record, checkpoint.get("trained_on", [])).sum(), None
+    warning = None
     if seen:
-        warning = f"{seen:,} of these records trained {path}: its scores on them say little"
+        warning = (f"{seen:,} of these records are of patients that trained {path}: its scores on "
+                   "them say little")
 
     def features_and_logits(x):
         features = model.forward_features(x)
@@ -399,8 +408,8 @@ def load_predictions(path):
         raise InputError(f"{path}: y_true holds other values than 0 and 1, or y_prob others than "
                          "probabilities; wanted finite ones in [0, 1]")
     ecg_id, patient_id = ids
-    if patient_id is not None:  # NaN (as pandas reads PTB-XL's) and "": each a patient of its own
-        unknown = np.isin(patient_id.astype(str), ("nan", ""))
+    if patient_id is not None:
+        unknown = np.isin(patient_id.astype(str), data.UNKNOWN)
         patient_id = np.where(unknown, np.arange(n) - n, patient_id)
     return {"ecg_id": ecg_id, "patient_id": patient_id, "classes": classes.astype(str),
             "y_true": y.astype(np.uint8), "y_prob": prob.astype(np.float64)}
@@ -502,7 +511,9 @@ def find_records(paths):
     records = []
     for path in map(Path, paths):
         if path.is_dir():
-            records += sorted(header.with_suffix("") for header in path.rglob("*.hea"))
+            files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True)
+                     for name in names)
+            records += sorted(file.with_suffix("") for file in files if file.suffix == ".hea")
         else:
             records.append(Path(data.without_ending(path)))
     if not records:
@@ -512,19 +523,20 @@ def find_records(paths):
 
 
 def thresholds_of(checkpoint):
-    """(thresholds (L,), positives of fold 9 that each rests on (L,)); NaN and 0 where unknown."""
+    """The thresholds (L,); NaN where one is unknown or rests on fewer than FEW positives of fold
+    9."""
     n = len(checkpoint["classes"])
     known = checkpoint.get("thresholds"), checkpoint.get("positives")
     for values in known:
         fits = isinstance(values, list) and len(values) == n
         if not fits or not all(isinstance(value, int | float) for value in values):
-            return np.full(n, np.nan), [0] * n
-    return np.array(known[0]), known[1]
+            return np.full(n, np.nan)
+    return np.where(np.array(known[1]) < FEW, np.nan, known[0])
 
 
 def record_lines(checkpoint, prediction, top=5):
     """The most probable classes and all that reach their threshold, as lines to print."""
-    thresholds, positives = thresholds_of(checkpoint)
+    thresholds = thresholds_of(checkpoint)
     prob, width = prediction.prob, max(map(len, [*checkpoint["classes"], "class"]))
     lines = [f"{'class':{width}}  probability  threshold"]
     for rank, i in enumerate(np.argsort(-prob, kind="stable")):
@@ -533,11 +545,7 @@ def record_lines(checkpoint, prediction, top=5):
             continue
         limit = digits(plain(thresholds[i]))
         line = f"{checkpoint['classes'][i]:{width}}  {prob[i]:11.4f}  {limit:>9}"
-        if above:
-            line += "  above"
-        if positives[i] < FEW and not np.isnan(thresholds[i]):
-            line += f"  few: it rests on {positives[i]} ECGs"
-        lines.append(line.rstrip())
+        lines.append(f"{line}  above" if above else line)
     if prediction.windows > 1:
         lines.append(f"mean of {prediction.windows} windows of 10 s")
     return lines
@@ -545,13 +553,13 @@ def record_lines(checkpoint, prediction, top=5):
 
 def write_table(path, checkpoint, predictions):
     """A csv of predictions, a row for each record."""
-    classes, (thresholds, _) = np.array(checkpoint["classes"]), thresholds_of(checkpoint)
+    classes, thresholds = np.array(checkpoint["classes"]), thresholds_of(checkpoint)
     with open(path, "w", newline="") as f:
         writer = csv.writer(f)
         writer.writerow(["record", "windows", "above_threshold", *classes])
         for p in predictions:
             above = ";".join(classes[p.prob >= thresholds])
-            writer.writerow([p.record, p.windows, above, *(f"{v:.6f}" for v in p.prob)])
+            writer.writerow([p.record, p.windows, above, *(f"{v:.6g}" for v in p.prob)])
 
 
 def plot_record(record, leads, path):

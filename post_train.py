@@ -238,7 +238,8 @@ def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf))
         losses.append(loss.detach())
         if (step + 1) % check_every == 0 or step + 1 == len(index):
-            check_finite(losses, norms, scaler.is_enabled(), len(index))
+            start = max(0, step + 1 - check_every)
+            check_finite(losses[start:], norms[start:], scaler.is_enabled(), start, len(index))
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -246,14 +247,14 @@ def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None
     return float(across_ranks(torch.stack(losses).mean())), skipped
 
 
-def check_finite(losses, norms, scaled, steps):
-    """Raise NonFinite for the first loss so far that is not finite, or gradient norm, unless a
-    scaler skips those."""
+def check_finite(losses, norms, scaled, start, steps):
+    """Raise NonFinite for the first loss of the steps after `start` that is not finite, or gradient
+    norm, unless a scaler skips those."""
     good = torch.stack(losses).isfinite() & (torch.stack(norms).isfinite() | scaled)
     if not good.all():
         at = int((~good).nonzero()[0])
         raise NonFinite(f"the loss is {losses[at]:g} and the gradient norm {norms[at]:g} "
-                        f"at step {at + 1} of {steps}")
+                        f"at step {start + at + 1} of {steps}")
 
 
 def across_ranks(value):
@@ -326,9 +327,10 @@ def train(args, device, rank=0, world=1):
 
     # Stage 1, preview linear probing: the backbone is frozen, so it runs once.
     if run.finished(probe) < probe.epochs:
-        features = extract_features(run, train_split, val_split)
         head = torch.nn.Sequential(model.dropout, model.dense)
+        features = extract_features(run, train_split, val_split)
         fit(run, probe, head, [model.dense], *features, amp=None)
+        del features  # fine-tuning has no use for them
     if probe.epochs and not run.finished(finetune):
         model.load_state_dict(best_probe(run))
 
@@ -504,7 +506,8 @@ def notes_on(labels, train, of_fold):
         absent = [c for c, n in zip(labels.classes, labels.y[index].sum(0)) if not n]
         if absent:
             notes.append(f"no {name} record has {', '.join(absent)}")
-    patients = [set(labels.patient_id[index].tolist()) for index in of_fold.values()]
+    sets = train, of_fold["fold 9"], of_fold["fold 10"]
+    patients = [set(labels.patient_id[index].tolist()) for index in sets]
     shared = set.union(*(a & b for a, b in itertools.combinations(patients, 2)))
     if shared:
         notes.append(f"{len(shared)} patients are in more than one of training, validation and "
@@ -522,10 +525,10 @@ def trained_before(args):
 
 def notes_on_weights(args, seen, labels, of_fold):
     """Whether the weights to start from have seen the validation and test sets, as lines."""
-    count = {name: np.isin(labels.record[of_fold[name]], seen).sum()
-             for name in ("fold 9", "fold 10")}
-    return [f"{n:,} records of {name} trained {args.weights}: their scores will be too good"
-            for name, n in count.items() if n]
+    trained = labels.of_patients(seen)
+    count = {name: trained[of_fold[name]].sum() for name in ("fold 9", "fold 10")}
+    return [f"{n:,} records of {name} are of patients that trained {args.weights}: their scores "
+            "will be too good" for name, n in count.items() if n]
 
 
 def on_device(split, device):

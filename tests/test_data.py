@@ -74,6 +74,14 @@ def test_leads_are_found_by_name_and_converted(tmp_path, units, factor, gain):
     np.testing.assert_allclose(signal, SIGNAL, atol=2e-6)
 
 
+@pytest.mark.parametrize("letter", ["µ".encode(), "μ".encode(), "µ".encode("latin-1")])
+def test_microvolts_with_a_greek_letter(tmp_path, letter):
+    path = write_record(tmp_path / "r", SIGNAL * 1e3, NAMES, units="uV", gain=1)
+    header = path.with_suffix(".hea")
+    header.write_bytes(header.read_bytes().replace(b"/uV", b"/" + letter + b"V"))
+    np.testing.assert_allclose(data.read_record(path)[0], SIGNAL, atol=2e-6)
+
+
 # ------------------------------------------------------------------------------------ preprocessing
 
 @pytest.mark.real

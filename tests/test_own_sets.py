@@ -67,7 +67,8 @@ def test_a_table_becomes_labels(clinic):
     assert labels.patient_id.tolist() == [r["patient_id"] for r in rows]
     assert labels.y.tolist() == [[int(row[name]) for name in CLASSES] for row in rows]
     assert labels.fold.tolist() == [int(row["fold"]) for row in rows]
-    numbered = [{"ecg_id": 100 - i, **row, "patient_id": ""} for i, row in enumerate(rows)]
+    numbered = [{"ecg_id": 100 - i, **row, "patient_id": data.UNKNOWN[i % 4]}
+                for i, row in enumerate(rows)]
     write_csv("numbered.csv", [row | {"fast": f"{row['fast']}.0"} for row in numbered])
     again = data.load_labels(".", "numbered.csv")
     assert again.ecg_id.tolist() == list(range(100, 60, -1)) and np.array_equal(again.y, labels.y)
@@ -77,12 +78,12 @@ def test_a_table_becomes_labels(clinic):
 def test_whole_patients_are_dealt_to_folds_by_a_hash(clinic):
     """The same on every machine and in every order; CRC-32 of "123456789" is 0xcbf43926."""
     rows = [{k: v for k, v in row.items() if k != "fold"} for row in read_csv("clinic.csv")]
-    for row, patient in zip(rows, ("", " 7.0", "123456789")):
+    for row, patient in zip(rows, ("", " 7.0", "123456789", "NA")):
         row["patient_id"] = patient
     write_csv("dealt.csv", rows)
     write_csv("lone.csv", [{"record": row["record"], "AFIB": row["AFIB"]} for row in rows])
     records = [row["record"] for row in rows]
-    patients = ["ecg/r0", "7", "123456789", *(f"p{i // 2}" for i in range(3, N))]
+    patients = ["ecg/r0", "7", "123456789", "ecg/r3", *(f"p{i // 2}" for i in range(4, N))]
     for table, names in (("dealt.csv", patients), ("lone.csv", records)):
         folds = data.load_labels(".", table).fold.tolist()
         assert folds == [zlib.crc32(name.encode()) % 10 + 1 for name in names]
@@ -97,8 +98,8 @@ def test_names_of_columns(clinic, fails):
     with open("spaced.csv", "w", encoding="utf-8-sig", newline="\r\n") as f:
         f.write(text.replace("fold", " fold ", 1).replace(",", ", "))
     assert data.load_labels(".", "spaced.csv").classes == CLASSES
-    ended = [row | {"record": f"{row['record']}.hea", "AFIB": str(row["AFIB"] == "1")}
-             for row in read_csv("clinic.csv")]
+    ended = [row | {"record": f"{row['record']}.hea", "AFIB": str(row["AFIB"] == "1"),
+                    "fast": str(row["fast"] == "1").upper()} for row in read_csv("clinic.csv")]
     write_csv("ended.csv", ended)
     for name in ("spaced.csv", "ended.csv"):
         table, plain = data.read_table(".", name), data.read_table(".", "clinic.csv")
@@ -336,30 +337,31 @@ def test_thresholds_have_the_best_f1():
     rng = np.random.default_rng(1)
     y, prob = rng.random((60, 6)) < 0.2, rng.random((60, 6)).round(1)
     prob[:, :3] = np.clip(prob[:, :3] + 0.3 * y[:, :3], 0, 1).round(1)
-    y[:, 5] = False
-    for c, found in enumerate(evaluate.best_thresholds(y, prob)[:5]):
+    y[:, 4], y[:, 5] = True, False
+    for c, found in enumerate(evaluate.best_thresholds(y, prob)[:4]):
         best = max(f1_score(y[:, c], prob[:, c] >= t) for t in prob[:, c])
         assert found in prob[:, c] and f1_score(y[:, c], prob[:, c] >= found) == best
-    assert np.isnan(evaluate.best_thresholds(y, prob)[5])
+    assert np.isnan(evaluate.best_thresholds(y, prob)[4:]).all()
 
 
-def test_thresholds_come_from_fold_9(trained, capsys):
+def test_thresholds_come_from_fold_9(trained, capsys, monkeypatch):
+    """Where they rest on enough positives; of four ECGs none does."""
     evaluate.main(["run/best.pt", "--fold", "9"])
     z, checkpoint = np.load("run/predictions-9.npz"), torch.load("run/best.pt", weights_only=True)
     thresholds = evaluate.best_thresholds(z["y_true"], z["y_prob"])
     assert checkpoint["positives"] == z["y_true"].sum(0).tolist()
     np.testing.assert_array_equal(checkpoint["thresholds"], thresholds)
-    capsys.readouterr()
-    evaluate.main(["run/best.pt", "--record", "ecg/r3"])
-    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
-    for i, name in enumerate(CLASSES):
-        known = np.isfinite(thresholds[i])
-        above = known and float(lines[name].split()[1]) >= thresholds[i]
-        assert ("above" in lines[name]) == above
-        assert ("few" in lines[name]) == known  # none has ten positives among four ECGs
+    for few in (evaluate.FEW, 1):
+        monkeypatch.setattr(evaluate, "FEW", few)
+        capsys.readouterr()
+        evaluate.main(["run/best.pt", "--record", "ecg/r3"])
+        lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+        for i, name in enumerate(CLASSES):
+            above = few == 1 and float(lines[name].split()[1]) >= thresholds[i]
+            assert ("above" in lines[name]) == above
+    assert evaluate.thresholds_of(checkpoint) == pytest.approx(thresholds, nan_ok=True)
     for unfit in ("x", thresholds.tolist()[1:], ["x"] * 3):
-        unknown, positives = evaluate.thresholds_of(checkpoint | {"thresholds": unfit})
-        assert np.isnan(unknown).all() and positives == [0] * 3
+        assert np.isnan(evaluate.thresholds_of(checkpoint | {"thresholds": unfit})).all()
 
 
 def test_a_long_record_is_averaged_over_its_windows(trained, capsys):
@@ -375,8 +377,9 @@ def test_a_long_record_is_averaged_over_its_windows(trained, capsys):
     assert [found[name] for name in CLASSES] == pytest.approx(want.mean(0).tolist(), abs=6e-4)
 
 
-def test_many_records_make_one_table(trained, fails, capsys):
+def test_many_records_make_one_table(trained, fails, capsys, monkeypatch):
     """A folder and a file of the CinC Challenges' kind; one that cannot be read is named."""
+    monkeypatch.setattr(evaluate, "FEW", 1)
     write_challenge_record("A0001", data.read_record("ecg/r2")[0])
     argv = ["--record", "ecg", "A0001.mat", "A0001.hea", "ecg/r2", "--out", "all.csv"]
     evaluate.main(["run/best.pt", *argv])  # some of them stand twice

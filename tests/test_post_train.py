@@ -385,7 +385,7 @@ def test_weights_that_have_seen_the_test_are_said(run, undisturbed, demo, tmp_pa
     assert checkpoint(out, "best")["trained_on"] == sorted(both)
     for k in (9, 10):
         n = ((fold == k) & (labels.fold < 9)).sum()
-        assert n and f"{n} records of fold {k} trained {weights}" in run.out
+        assert n and f"{n} records of fold {k} are of patients that trained {weights}" in run.out
 
 
 @pytest.mark.parametrize("option, error", [(("--amp", "bf16"), 0.05), (("--compile",), 1e-4)])

@@ -98,7 +98,7 @@ def test_table(runs, capsys):
     base, better = scores.mean(1)
     gain = " / ".join(f"{g:+.1f}*" for g in 100 * (better - base) / base)
     rows = rows_of(capsys, "--group", "2", "--table", *folders)
-    assert rows[0] == ["run", "AUROC", "AUPRC", "gain, %", "seeds", "seconds"]
+    assert rows[0] == ["run", "AUROC", "AUPRC", "gain, %", "seeds", "seconds of epochs"]
     assert rows[2] == ["a-0.25", *cells[0], "", "2", "3,102"]  # seconds of all stages
     assert rows[3:] == [["a-1", *cells[1], gain, "2", "3,102"]]
 

@@ -200,6 +200,7 @@ SPOILED = {     # (script, what the line names): {what it names, too: [what was 
     (Script(post_train, f"{SHORT} --out run"), "run, another --out"): {
         "--resume": [nothing, LAST.unlink]},
     (BUILD, UNREADABLE): {
+        f"{DAT}: no such file": [DAT.unlink],
         "lead, --leads": [record(SIGNAL[:11], NAMES[:11])],
         "0 Hz": [changed(HEA, lambda b: b.replace(b"12 500", b"12 0"))],
         "'mmHg', mV": [record(SIGNAL, units="mmHg")],

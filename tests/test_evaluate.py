@@ -197,7 +197,9 @@ def test_a_checkpoint_alone_is_enough(checkpoint, demo_set, tmp_path, capsys):
     low, high = scores["macro_auroc_ci"]
     assert scores["n"] == len(x) and low <= scores["macro_auroc"] <= high
     assert [scores["macro_auroc"], scores["macro_auprc"]] == pytest.approx(want)
-    words = [f"{len(x)} records", f"run        {want[0]:.4f}", *labels.classes]
+    few = ((z["y_true"].sum(0) > 0) & (z["y_true"].sum(0) < 10)).sum()
+    words = [f"{len(x)} records", f"run        {want[0]:.4f}", *labels.classes,
+             f"{few} of 12 classes have fewer than 10 positives"]
     assert all(word in out for word in words)
 
     evaluate.main([str(checkpoint), "--record", f"{paths[0]}.dat"])

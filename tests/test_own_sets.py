@@ -78,7 +78,7 @@ def test_a_table_becomes_labels(clinic):
 def test_whole_patients_are_dealt_to_folds_by_a_hash(clinic):
     """The same on every machine and in every order; CRC-32 of "123456789" is 0xcbf43926."""
     rows = [{k: v for k, v in row.items() if k != "fold"} for row in read_csv("clinic.csv")]
-    for row, patient in zip(rows, ("", " 7.0", "123456789", "NA")):
+    for row, patient in zip(rows, ("", " 7.0", "123456789", "nan")):
         row["patient_id"] = patient
     write_csv("dealt.csv", rows)
     write_csv("lone.csv", [{"record": row["record"], "AFIB": row["AFIB"]} for row in rows])
@@ -111,6 +111,24 @@ def test_names_of_columns(clinic, fails):
         data.load_labels(".", "indexed.csv")
     argv = ["--data", "nowhere", "--task", "clinic.csv"]
     fails(data.main, argv, "nowhere", "no such folder", "--data")
+
+
+def test_patients_who_have_a_record_among_some(clinic):
+    labels = data.load_labels(".", "clinic.csv")
+    assert np.flatnonzero(labels.of_patients(["ecg/r4", "ecg/r39", "none"])).tolist() == [
+        4, 5, 38, 39]
+    assert not labels.of_patients([]).any()
+
+
+def test_only_patients_in_training_are_shared(clinic):
+    """A fraction may leave them out."""
+    labels = data.load_labels(".", "clinic.csv")
+    labels.patient_id[[0, 39]] = "both"
+    of_fold = {name: np.flatnonzero(np.isin(labels.fold, folds)) for name, folds in (
+        ("folds 1-8", range(1, 9)), ("fold 9", [9]), ("fold 10", [10]))}
+    whole, part = (post_train.notes_on(labels, of_fold["folds 1-8"][i:], of_fold) for i in (0, 1))
+    assert [note[:10] for note in whole if "patients" in note] == ["1 patients"]
+    assert not [note for note in part if "patients" in note]
 
 
 def test_two_tables_over_one_folder_do_not_disturb_each_other(clinic):
@@ -396,6 +414,13 @@ def test_many_records_make_one_table(trained, fails, capsys, monkeypatch):
     same = next(row for row in rows if row["record"] == "ecg/r2")
     assert [float(same[c]) for c in CLASSES] == pytest.approx(
         [float(rows[-1][c]) for c in CLASSES], abs=2e-3)
+    Path("linked").mkdir()
+    Path("linked/ecg").symlink_to(Path("ecg").resolve())
+    assert len(evaluate.find_records(["linked"])) == N
+    checkpoint = torch.load("run/best.pt", weights_only=True)
+    rare = evaluate.Prediction("r", 1, np.array([1.25e-9, 0.5, 1]))
+    evaluate.write_table("rare.csv", checkpoint, [rare])
+    assert [float(read_csv("rare.csv")[0][name]) for name in CLASSES] == rare.prob.tolist()
     open("ecg/r5.dat", "wb").close()
     fails(evaluate.main, ["run/best.pt", "--record", "ecg"], "ecg/r5", f"1 of {N}", "records.csv")
     assert len(read_csv("run/records.csv")) == N - 1

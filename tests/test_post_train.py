@@ -422,13 +422,14 @@ def test_fold_10_is_touched_by_nothing_before_the_end(run, demo, undisturbed):
 # -------------------------------------------------------------------------------- what is found out
 
 def test_a_non_finite_loss_stops_the_run(run, demo_set, tmp_path, monkeypatch, capsys):
-    forward = network.ECGFounder.forward
-    monkeypatch.setattr(network.ECGFounder, "forward",
-                        lambda self, x: forward(self, x) * (torch.inf if self.training else 1))
+    forward, steps = network.ECGFounder.forward, itertools.count(1)
+    monkeypatch.setattr(
+        network.ECGFounder, "forward",
+        lambda self, x: forward(self, x) * (torch.inf if self.training and next(steps) == 2 else 1))
     with pytest.raises(SystemExit) as stop:
         run(demo_set, out=tmp_path / "bad")
     error, last = capsys.readouterr().err, checkpoint(tmp_path / "bad", "last")
-    assert stop.value.code == 1 and "step 1 of 3" in error and "--amp bf16" in error
+    assert stop.value.code == 1 and "step 2 of 3" in error and "--amp bf16" in error
     assert (last["stage"], last["epoch"]) == ("probe", 2)
 
 

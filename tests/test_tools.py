@@ -128,6 +128,14 @@ def test_pictures(runs, monkeypatch, demo_set):
                         lambda figure, path, dpi: drawn.update({path: figure.axes}))
     figures.main(["--group", "2", "--classes", "k.png", "--points", "p.png", *folders])
     assert [len(axis.containers) for axis in drawn["k.png"]] == [2, 2]
+    with monkeypatch.context() as m:
+        fewest = int(runs[1].sum(0).min())
+        m.setattr(evaluate, "FEW", fewest + 1)  # that class gets no interval
+        figures.main(["--group", "2", "--classes", "few.png", *folders])
+    for name, without in (("k.png", 0), ("few.png", (runs[1].sum(0) == fewest).sum())):
+        for axis in drawn[name]:
+            bars = axis.containers[0].lines[2][0].get_segments()
+            assert [len(bar) for bar in bars].count(0) == without
     n = sum(int(row["strat_fold"]) <= 8 for row in read_csv(demo_set / data.DATABASE))
     scores = np.array([by_sklearn(runs[1], p) for p in runs[2]])
     for k, axis in enumerate(drawn["p.png"]):

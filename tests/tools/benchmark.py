@@ -181,8 +181,10 @@ def tf32(library, allowed):
     matrix products do not."""
     before = library.allow_tf32
     library.allow_tf32 = allowed
-    yield
-    library.allow_tf32 = before
+    try:
+        yield
+    finally:
+        library.allow_tf32 = before
 
 
 def floor_of(net, x, dtype):

@@ -1,15 +1,14 @@
-"""ECG sets: labels of PTB-XL's tasks or of a table of one's own, records, preprocessing, and a
-cache of preprocessed signals.
+"""ECG datasets: labels (of PTB-XL's tasks or of a table of your own), records, preprocessing, and
+a cache of preprocessed signals.
 
     python data.py --download --data ptbxl      # fetch PTB-XL 1.0.3 (1.7 GB), check every hash
     python data.py --data ptbxl                 # preprocess every record once; prints where to
     python data.py --data clinic --task clinic.csv --leads I --preprocess raw
 
-The cache is one float16 array (N, leads, 5000), 2.6 GB for PTB-XL, a row for each row of the set's
-table; np.load(path, mmap_mode="r") reads it. Beside it a .json says what it was made of, and a
-.marks.npy which rows could be read. Signals: leads in the order of LEADS, 10 s at 500 Hz, in
-millivolts before normalisation and without a unit after it. This file imports no other of the
-project.
+The cache is one float16 array (N, leads, 5000), 2.6 GB for PTB-XL, one row per row of the
+dataset's table; np.load(path, mmap_mode="r") reads it. Next to it, a .json says what it was made
+of, and a .marks.npy which rows could be read. Signals: leads in the order of LEADS, 10 s at 500
+Hz, in millivolts, or unitless after normalization. This file imports no other project file.
 """
 import argparse
 import ast
@@ -41,7 +40,7 @@ FS = 500            # Hz
 SAMPLES = 5000      # 10 s
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10
 STATEMENT = ""      # the first column of scp_statements.csv has no name
-TASKS = {           # its columns: which flags the task's statements, which names their classes
+TASKS = {           # (column that flags the task's statements, column that names their class)
     "all71": (None, STATEMENT),
     "diagnostic44": ("diagnostic", STATEMENT),
     "subclass23": ("diagnostic", "diagnostic_subclass"),
@@ -51,16 +50,16 @@ TASKS = {           # its columns: which flags the task's statements, which name
 }
 PTBXL_COLUMNS = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_hr")
 LABELS = {"0": 0, "1": 1, "False": 0, "True": 1, "FALSE": 0, "TRUE": 1, "false": 0, "true": 1}
-NOT_CLASSES = ("record", "ecg_id", "patient_id", "fold")    # columns of a table of one's own
-UNKNOWN = ("", "nan", "NaN", "NA")  # such a patient_id says nothing: the record stands for itself
+NOT_CLASSES = ("record", "ecg_id", "patient_id", "fold")    # of a custom table's columns
+UNKNOWN = ("", "nan", "NaN", "NA")  # unknown patient_id: each record is its own patient
 PREPROCESSING = ("filter", "zscore", "raw")
 
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
-MICROVOLTS = rb"/(\xc2\xb5|\xce\xbc|\xb5)[vV]"  # with a Greek letter, in UTF-8 and in Latin-1
-MAX_MILLIVOLTS = 1e4            # an ECG has about 1; the largest float16 is 65504
-MIN_FS, MAX_FS = 50, 100_000    # Hz, of what is resampled
+MICROVOLTS = rb"/(\xc2\xb5|\xce\xbc|\xb5)[vV]"  # micro sign or Greek mu, in UTF-8 or Latin-1
+MAX_MILLIVOLTS = 1e4            # an ECG's amplitude is about 1; the largest float16 is 65504
+MIN_FS, MAX_FS = 50, 100_000    # Hz, limits for resampling
 BASELINE_WINDOW = 201           # samples of the running median, 0.4 s
-LAYOUT = 4          # of the cache; one of another layout is built again
+LAYOUT = 4          # version of the cache format; caches of other versions are ignored
 CHUNK = 32          # records that are read before their rows are marked
 DATABASE, STATEMENTS, SUMS = "ptbxl_database.csv", "scp_statements.csv", "SHA256SUMS.txt"
 URL = ("https://physionet.org/static/published-projects/ptb-xl/"
@@ -68,11 +67,11 @@ URL = ("https://physionet.org/static/published-projects/ptb-xl/"
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used; the message says what was found, wanted and to be done."""
+    """Unusable user input; the message says what was found, what was wanted and what to do."""
 
 
 def line_of(error):
-    """An error as one line to a person; of a system error the file and the reason."""
+    """An error as one line for the user; for a system error, the file and the reason."""
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     line = f"{error.filename or 'the system'}: {error.strerror.lower()}"
@@ -84,11 +83,11 @@ def line_of(error):
 # ------------------------------------------------------------------------------------------- tables
 
 class Table(NamedTuple):
-    """The table of a set: ptbxl_database.csv, or one's own."""
+    """The table of a dataset: ptbxl_database.csv, or a custom one."""
     path: Path
     rows: list              # a dict for each record
     ecg_id: np.ndarray      # (N,) int64, or str where they are not whole numbers
-    records: list           # N paths of WFDB records, relative to the set's folder
+    records: list           # N paths of WFDB records, relative to the dataset's folder
 
     def bad_cell(self, i, column, wanted):
         return InputError(f"{self.path}: row {i + 2}: {column} is {self.rows[i][column][:40]!r}; "
@@ -96,7 +95,7 @@ class Table(NamedTuple):
 
 
 def is_own(task):
-    """Whether a task is a table of one's own."""
+    """Whether a task is a custom .csv table."""
     return str(task).lower().endswith(".csv")
 
 
@@ -109,15 +108,15 @@ def check_task(task):
 
 
 def read_table(root, task):
-    """The records of a set, whether or not they have a label of the task. Raises InputError for a
-    table that is missing or malformed, lists a record twice or one outside `root`."""
+    """All records of a dataset, with or without a label of the task. Raises InputError for a table
+    that is missing or malformed, or that lists a record twice or one outside `root`."""
     check_task(task)
     path, record, columns = Path(root, DATABASE), "filename_hr", PTBXL_COLUMNS
     if is_own(task):
         path, record, columns = Path(task), "record", ["record"]
     rows = read_csv(path, columns)
     for row in rows:
-        row[record] = without_ending(row[record].strip())
+        row[record] = strip_extension(row[record].strip())
     ecg_id = identifiers(rows, "ecg_id" if "ecg_id" in rows[0] else record)
     table = Table(path, rows, ecg_id, [row[record] for row in rows])
     for i, name in enumerate(table.records):
@@ -128,7 +127,7 @@ def read_table(root, task):
     for what, values in (("record", table.records), ("ecg_id", table.ecg_id.tolist())):
         value, count = Counter(values).most_common(1)[0]
         if count > 1:
-            raise InputError(f"{path}: {what} {value} stands twice; wanted a row for each record")
+            raise InputError(f"{path}: {what} {value} appears twice; wanted one row per record")
     return table
 
 
@@ -151,9 +150,9 @@ def read_csv(path, columns):
                          f"{fetch}") from None
     lacking = [column for column in columns if column not in names]
     if lacking or len(set(names)) < len(names):
-        what = f"has no column {lacking[0]!r}" if lacking else "has two columns of one name"
+        what = f"has no column {lacking[0]!r}" if lacking else "has a column name twice"
         raise InputError(f"{path}: {what} (it has {', '.join(names)[:200]}); wanted "
-                         f"{', '.join(map(repr, columns))}, parted by commas{fetch}")
+                         f"{', '.join(map(repr, columns))}, separated by commas{fetch}")
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise InputError(f"{path}: row {number} does not have {len(names)} fields{fetch}")
@@ -181,7 +180,7 @@ def cell_of(row, column):
 
 class Labels(NamedTuple):
     ecg_id: np.ndarray      # (N,) int64 or str
-    record: np.ndarray      # (N,) str: paths of WFDB records, relative to the set's folder
+    record: np.ndarray      # (N,) str: paths of WFDB records, relative to the dataset's folder
     patient_id: np.ndarray  # (N,) int64 or str; a negative number where the patient is unknown
     fold: np.ndarray        # (N,) int64, 1 to 10
     y: np.ndarray           # (N, L) uint8
@@ -189,11 +188,11 @@ class Labels(NamedTuple):
     classes: list           # L names
 
     def take(self, chosen):
-        """The records of an index or a mask."""
+        """The records that an index or a mask selects."""
         return Labels(*(field[chosen] for field in self[:-1]), self.classes)
 
     def of_patients(self, records):
-        """(N,) bool: the records of patients who have one among `records`, a list of names."""
+        """(N,) bool: the records of patients with at least one of `records`, a list of names."""
         return np.isin(self.patient_id, self.patient_id[np.isin(self.record, records)])
 
 
@@ -201,10 +200,10 @@ def load_labels(root, task):
     """The records of a task as Labels, from csv files alone. Raises InputError for an unknown task
     and for files that are missing or malformed.
 
-    task: one of TASKS, of the PTB-XL folder `root`, or a table of one's own, whose first row names
-    its columns: `record` (a WFDB record's path without extension, relative to `root`), perhaps
-    `ecg_id`, `patient_id` and `fold` (1-8 train, 9 validates, 10 tests); each other column is a
-    class, of 0 and 1. Without folds, whole patients are dealt to ten.
+    task: one of TASKS, with PTB-XL in the folder `root`, or a custom table with a header row:
+    `record` (a WFDB record's path without extension, relative to `root`), optionally `ecg_id`,
+    `patient_id` and `fold` (1-8 train, 9 validates, 10 tests); every other column is a class, of
+    0 and 1. Without `fold`, each patient is assigned to one of ten folds by a hash.
     """
     table = read_table(root, task)
     return read_own_labels(table) if is_own(task) else read_ptbxl_labels(root, task, table)
@@ -212,8 +211,8 @@ def load_labels(root, task):
 
 def read_ptbxl_labels(root, task, table):
     """Protocol of Strodthoff et al. (2021): a statement counts as present whatever its likelihood,
-    0 included; records without any label of the task are left out. The classes are all of the task
-    in scp_statements.csv, sorted, whether or not a record has them."""
+    0 included; records without any label of the task are left out. The classes are all those of the
+    task in scp_statements.csv, sorted, whether or not any record has them."""
     class_of = read_classes(root, task)
     classes = sorted(set(class_of.values()) - {None})
     place = {name: c for c, name in enumerate(classes)}
@@ -240,7 +239,7 @@ def read_classes(root, task):
 
 
 def read_codes(table, i):
-    """A record's statements, of which PTB-XL writes a Python dict to their likelihoods."""
+    """A record's statements: PTB-XL stores them as a Python dict {statement: likelihood}."""
     try:
         codes = ast.literal_eval(table.rows[i]["scp_codes"])
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
@@ -262,8 +261,8 @@ def read_own_labels(table):
     columns = list(table.rows[0])
     classes = [column for column in columns if column not in NOT_CLASSES]
     if not classes:
-        raise InputError(f"{table.path}: has no class; wanted, beside {', '.join(columns)}, a "
-                         "column of 0 and 1 for each")
+        raise InputError(f"{table.path}: has no class; wanted, besides {', '.join(columns)}, a "
+                         "column of 0 and 1 for each class")
     if "" in classes:
         raise InputError(f"{table.path}: column {columns.index('') + 1} has no name; wanted one "
                          "for each class (pandas: to_csv(..., index=False))")
@@ -272,8 +271,8 @@ def read_own_labels(table):
         for c, name in enumerate(classes):
             cell = row[name] if row[name] in LABELS else cell_of(row, name)
             if cell not in LABELS:
-                raise table.bad_cell(i, name, f"0 or 1, as {name} is taken for a class: all but "
-                                     f"{', '.join(NOT_CLASSES)} are")
+                raise table.bad_cell(i, name, "0 or 1, as every column is a class except "
+                                     f"{', '.join(NOT_CLASSES)}")
             y[i, c] = LABELS[cell]
     patients, people = -1 - np.arange(len(y)), table.records
     if "patient_id" in columns:
@@ -294,10 +293,10 @@ def labels_of(table, patients, folds, y, classes):
 
 
 def subset(index, frac, seed):
-    """A fraction of the records `index` (n,), sorted: max(1, floor(frac n + 0.5)) of them, set by
-    `seed` alone.
+    """A random fraction of the records `index` (n,), sorted: max(1, floor(frac n + 0.5)) of them,
+    drawn with `seed`.
 
-    Nested: for one index and seed a smaller fraction lies inside every larger one. Raises
+    Nested: with the same index and seed, a smaller fraction is a subset of every larger one. Raises
     InputError unless 0 < frac <= 1.
     """
     if not 0 < frac <= 1:
@@ -319,17 +318,17 @@ def parse_leads(text):
     return tuple(sorted({known[name.strip().lower()] for name in asked}, key=LEADS.index))
 
 
-def without_ending(path):
+def strip_extension(path):
     """A record's path without the extension of one of its files."""
     return re.sub(r"\.(hea|dat|mat)$", "", str(path))
 
 
 def read_record(path, leads=LEADS):
-    """A WFDB record (path without extension) -> float32 (leads, n) in millivolts, and its rate in
-    Hz.
+    """A WFDB record (path without extension) -> float32 (leads, n) in millivolts, and its
+    sampling rate in Hz.
 
-    Leads are found by name, whatever their case and order; others are left out; voltages in other
-    units are converted. Samples marked as missing are NaN. Raises InputError naming the path and
+    Leads are found by name, whatever their case and order; others are dropped; other units of
+    voltage are converted. Samples marked as missing are NaN. Raises InputError naming the path and
     what is wrong.
     """
     import wfdb
@@ -337,13 +336,13 @@ def read_record(path, leads=LEADS):
         record = wfdb.rdrecord(str(path))
         signal, names, units = record.p_signal, record.sig_name, record.units
         fs = float(record.fs)
-        if re.search(MICROVOLTS, Path(f"{path}.hea").read_bytes()):  # wfdb leaves out the letter
+        if re.search(MICROVOLTS, Path(f"{path}.hea").read_bytes()):  # wfdb drops the micro sign
             units = ["uV" if unit in ("V", "v") else unit for unit in units]
-    except Exception as error:  # wfdb raises nearly every type for a malformed header or short file
+    except Exception as error:  # wfdb raises almost anything for a malformed header or short file
         known = isinstance(error, OSError) and error.strerror
         reason = line_of(error) if known else f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: cannot be read as a WFDB record ({reason}); wanted its .hea "
-                         "header and the signal file that this names") from None
+                         "header and the signal file it names") from None
     n = 0 if signal is None else len(signal)
     if not n or not fs > 0:
         raise InputError(f"{path}: has {n} samples at {fs:g} Hz; wanted an ECG")
@@ -356,8 +355,8 @@ def read_record(path, leads=LEADS):
     scale = [MILLIVOLTS.get((units[i] or "").strip().lower()) for i in rows]
     if None in scale:
         i = rows[scale.index(None)]
-        raise InputError(f"{path}: lead {names[i]} is in {units[i]!r}, which is no voltage; wanted "
-                         "mV, uV, nV or V")
+        raise InputError(f"{path}: lead {names[i]} is in {units[i]!r}, which is not a voltage; "
+                         "wanted mV, uV, nV or V")
     return (signal[:, rows] * np.array(scale)).T.astype(np.float32), fs
 
 
@@ -366,9 +365,9 @@ def preprocess(signal, fs, how="filter"):
     zero-padded at the end.
 
     how: "filter" (`remove_noise`, then z-score over all leads at once), "zscore" (the last step
-    alone) or "raw" (millivolts). Missing samples (NaN) are interpolated, other rates resampled and
-    the rest is cut off first. Normalised flat records are zeros. Raises InputError for a record
-    that is no ECG: wrong shape, too short to filter, infinite or huge samples.
+    alone) or "raw" (millivolts). First, missing samples (NaN) are interpolated, other sampling
+    rates resampled and what is beyond 10 s is cut off. Flat records normalize to zeros. Raises
+    InputError for what is not an ECG: wrong shape, too short to filter, infinite or huge samples.
     """
     x = np.asarray(signal)
     check_preprocessing(how)
@@ -385,7 +384,7 @@ def preprocess(signal, fs, how="filter"):
     if how == "filter":
         x = remove_noise(x)
     if how != "raw":
-        std = x.std()  # the small number beside it stands in ECGFounder's own preprocessing
+        std = x.std()  # the 1e-8 is from ECGFounder's own preprocessing
         x = (x - x.mean()) / (std + 1e-8) if std >= 1e-6 else np.zeros_like(x)
     out = np.zeros((len(x), SAMPLES), np.float32)
     out[:, :x.shape[1]] = x
@@ -393,8 +392,8 @@ def preprocess(signal, fs, how="filter"):
 
 
 def fill_gaps(lead):
-    """One lead (n,) with its missing samples (NaN) interpolated: linearly, by the nearest value at
-    the ends, else by 0."""
+    """One lead (n,) with its missing samples (NaN) filled: by linear interpolation, at the ends by
+    the nearest value, with zeros if all are missing."""
     missing = np.isnan(lead)
     if not missing.any():
         return lead
@@ -412,8 +411,8 @@ def resample(x, fs):
     if not MIN_FS <= fs <= MAX_FS:
         raise InputError(f"a sampling rate of {fs} Hz; wanted {MIN_FS} to {MAX_FS} Hz")
     ratio = Fraction(FS / fs).limit_denominator(1000)
-    # Beyond its ends a lead goes on along the line between its first and last sample, as zeros
-    # there would be a step.
+    # Beyond its ends a lead is extended along the line through its first and last samples, as
+    # zeros there would make a step.
     ends = "line" if x.shape[1] > 1 else "constant"
     return resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype=ends)
 
@@ -440,9 +439,9 @@ def check_preprocessing(how):
 
 
 def load_windows(path, how="filter", leads=LEADS, windows=None):
-    """The consecutive windows of 10 s of a record -> float16 (windows, leads, 5000), as the cache
-    keeps its first. A rest of less than 10 s is left out, unless it is all there is. Raises
-    InputError that names the path.
+    """The consecutive 10 s windows of a record -> float16 (windows, leads, 5000); the cache holds
+    the first. A remainder of less than 10 s is dropped, unless it is all there is. `windows` caps
+    their number. Raises InputError naming the path.
     """
     signal, fs = read_record(path, leads)
     whole = max(1, int(signal.shape[1] / fs / 10 + 1e-6))
@@ -456,10 +455,10 @@ def load_windows(path, how="filter", leads=LEADS, windows=None):
 # -------------------------------------------------------------------------------------------- cache
 
 class Cache(NamedTuple):
-    """The files of a cache, which its name tells from one made of anything else."""
+    """The files of a cache; their name identifies what it was made of."""
     array: Path         # float16 (N, leads, 5000), once every record has been tried
     part: Path          # the array until then
-    marks: Path         # bool (N,): which rows hold their record; each set after the row's bytes
+    marks: Path         # bool (N,): which rows hold their record; set once a row is written
     plan: Path          # what the array is made of, as JSON
     unreadable: Path    # csv of the records that could not be read
 
@@ -496,28 +495,28 @@ def find_cache(root, task="all71", how="filter", leads=LEADS):
 
 def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
                 skip_unreadable=False):
-    """Preprocess every record of the set's table once into an array of <root>/cache; returns the
-    Cache.
+    """Preprocess every record of the dataset's table once into an array in <root>/cache; returns
+    the Cache.
 
-    Up to date, it returns at once. Killed and started again, it goes on from what is done, with
-    the same bytes at the end. Unreadable records are listed and the rest is done; then InputError
-    is raised, unless `skip_unreadable` accepts a cache without them; each build that does not tries
-    them again. Records that change later under their names are not noticed: remove the folder.
+    Returns at once if the cache is up to date. A killed build, when restarted, resumes where it
+    stopped and ends with the same bytes. Unreadable records are listed and the rest is cached; then
+    InputError is raised, unless `skip_unreadable` accepts a cache without them; a build without it
+    tries them again. Later changes to a record's files are not noticed: delete the cache folder.
     """
     cache, plan = find_cache(root, task, how, leads)
     found, folder = cache.open(plan), cache.array.parent
     if found and (skip_unreadable or found[1].all()):
         return cache
     if not Path(root).is_dir():
-        raise InputError(f"{root}: no such folder; wanted the set's, name it with --data")
+        raise InputError(f"{root}: no such folder; wanted the dataset's, give it with --data")
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror.lower()}; the cache is kept there, remove "
-                         "what is in its way, or give a folder that can be written to, with links "
-                         "to the data") from None
-    with locked(folder, [f"{cache.array.stem}.*"]):  # a second build waits here, for the first's
-        # A whole cache without the records that could not be read is filled in where it is.
+                         "what is in the way, or use a writable folder with links to the "
+                         "data") from None
+    with locked(folder, [f"{cache.array.stem}.*"]):  # a second build waits here for the first
+        # A complete cache that lacks unreadable records is filled in place.
         array = cache.array if cache.open(plan) else cache.part
         unreadable = fill(cache, array, plan, root, workers or os.cpu_count())
         if unreadable:
@@ -525,7 +524,7 @@ def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
             if not skip_unreadable:
                 raise InputError(f"{unreadable[0][2]}; all {len(unreadable)} records that cannot "
                                  f"be read are listed in {cache.unreadable}, the others are "
-                                 "cached; mend them and run this again, or leave them out with "
+                                 "cached; fix them and run this again, or leave them out with "
                                  "--skip-unreadable")
         else:
             cache.unreadable.unlink(missing_ok=True)
@@ -570,7 +569,7 @@ def fill(cache, array, plan, root, workers):
                     unreadable.append((plan["ecg_ids"][row], plan["records"][row], why))
                     continue
                 f.seek(start + row * size)
-                f.write(signal.tobytes())  # through a memory map a full disk would end the process
+                f.write(signal.tobytes())  # with a memory map, a full disk would kill the process
             f.flush()
             os.fsync(f.fileno())
             marks[[row for row, _, why in chunk if not why]] = True
@@ -580,8 +579,8 @@ def fill(cache, array, plan, root, workers):
 
 
 def end_with_parent(worker):
-    """In a worker: end as soon as the building process does. The loader's own check does not help a
-    worker that is sending, as its sibling keeps the pipe open."""
+    """In a worker: exit as soon as the parent process does. The DataLoader's own check does not
+    help a worker blocked in sending, as its siblings keep the pipe open."""
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -592,9 +591,9 @@ def end_with_parent(worker):
 def chunks_of(loader):
     try:
         yield from loader
-    except RuntimeError as error:  # the loader's word for it
+    except RuntimeError as error:  # how the DataLoader reports it
         raise InputError(f"a worker was killed, perhaps because memory ran out ({error}); run the "
-                         "same command again, it goes on from what is done (fewer --workers need "
+                         "same command again, it resumes where it stopped (fewer --workers need "
                          "less memory)") from None
 
 
@@ -604,8 +603,8 @@ def begin_cache(cache, plan):
     cache.part.unlink(missing_ok=True)
     size, free = 2 * math.prod(plan["shape"]), shutil.disk_usage(cache.part.parent).free
     if size > free:
-        raise InputError(f"{cache.array}: no space left: it wants {size / 1e9:.2g} GB and finds "
-                         f"{free / 1e9:.2g}; make room and run this again")
+        raise InputError(f"{cache.array}: no space left: it needs {size / 1e9:.2g} GB, "
+                         f"{free / 1e9:.2g} are free; make room and run this again")
     np.lib.format.open_memmap(cache.part, "w+", np.float16, tuple(plan["shape"]))
     write_atomically(cache.plan, lambda path: path.write_text(json.dumps(plan)))
     np.save(cache.marks, np.zeros(plan["shape"][0], bool))
@@ -655,18 +654,19 @@ class ECGDataset(torch.utils.data.Dataset):
 
 
 def batches(signals, rows, device="cpu"):
-    """For each array of row numbers in `rows`: those of `signals` as a float32 tensor on `device`.
+    """For each array of row numbers in `rows`, yield those rows of `signals` as a float32 tensor on
+    `device`.
 
-    signals: a tensor, used where it is, or the cache's memory map; then a thread reads (and for a
-    GPU pins and sends) the next batch while the caller works on this one.
+    signals: a tensor, used on its own device, or the cache's memory map; then a thread reads (for a
+    GPU also pins and copies) the next batch while the caller works on the current one.
     """
     if isinstance(signals, torch.Tensor):
         for index in rows:
-            yield signals.index_select(0, send(index, signals.device)).float()
+            yield signals.index_select(0, to_device(index, signals.device)).float()
         return
 
     def load(index):
-        return send(signals[index], device)  # a copy of these rows alone
+        return to_device(signals[index], device)  # a copy of these rows alone
 
     with ThreadPoolExecutor(1) as pool:
         ahead = None
@@ -678,12 +678,12 @@ def batches(signals, rows, device="cpu"):
             yield ahead.result().float()
 
 
-def send(array, device):
-    """An array as a tensor on `device`. A GPU that is at work is not waited for."""
+def to_device(array, device):
+    """An array as a tensor on `device`, without waiting for a busy GPU."""
     tensor = torch.as_tensor(array)
     if torch.device(device).type != "cuda":
         return tensor
-    with torch.cuda.device(device):  # a thread begins on the first GPU
+    with torch.cuda.device(device):  # a new thread starts on the first GPU
         return tensor.pin_memory().to(device, non_blocking=True)
 
 
@@ -699,9 +699,9 @@ def locked(folder, names, busy=None):
     try:
         import fcntl
     except ImportError:
-        raise InputError("this system has no file locks for Python (fcntl); wanted Linux or macOS, "
-                         "on Windows inside WSL") from None
-    with open(Path(folder, ".lock"), "w") as lock:  # open for writing, as network disks want it
+        raise InputError("this system has no file locks for Python (fcntl); wanted Linux, macOS "
+                         "or, on Windows, WSL") from None
+    with open(Path(folder, ".lock"), "w") as lock:  # writable, as network file systems require
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except BlockingIOError:
@@ -713,8 +713,8 @@ def locked(folder, names, busy=None):
 
 
 def write_atomically(path, write):
-    """Call `write` with a temporary path beside `path`, then give the file its name: it is complete
-    or absent."""
+    """Call `write` with a temporary path next to `path`, then rename it to `path`, which is never
+    half-written."""
     path = Path(path)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
@@ -725,7 +725,7 @@ def write_atomically(path, write):
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None  # ENOSPC names no file
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -734,7 +734,7 @@ def write_atomically(path, write):
 
 def download(root, url=URL):
     """Fetch PTB-XL's zip, unpack its 500 Hz records and two tables into `root` and check them
-    against SHA256SUMS.txt; files that are there and right are not written again.
+    against SHA256SUMS.txt; files already there with the right hash are not rewritten.
 
     Raises InputError for a zip that is damaged or lacks a file, and for a file whose hash is not
     the published one. The zip is removed at the end.
@@ -744,7 +744,7 @@ def download(root, url=URL):
     root, archive = Path(root), Path(root, "ptb-xl.zip")
     if (root / SUMS).exists():
         wanted = wanted_files((root / SUMS).read_text(errors="replace"))
-        if wanted and all(is_right(root / name, digest) for name, digest in wanted.items()):
+        if wanted and all(hash_matches(root / name, digest) for name, digest in wanted.items()):
             return
     root.mkdir(parents=True, exist_ok=True)
     try:
@@ -752,14 +752,14 @@ def download(root, url=URL):
             torch.hub.download_url_to_file(url, str(archive))
     except (OSError, ValueError, HTTPException) as error:
         raise InputError(f"{url}: cannot be fetched ({line_of(error)}); run the same command "
-                         "again, or --url for a mirror") from None
+                         "again, or give a mirror with --url") from None
     try:
         with zipfile.ZipFile(archive) as z:
             unpack(z, root)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
         archive.unlink()
-        raise InputError(f"{url}: not PTB-XL 1.0.3's zip, or damaged ({error}), and removed; run "
-                         "the same command again") from None
+        raise InputError(f"{url}: not PTB-XL 1.0.3's zip, or damaged ({error}); the download was "
+                         "removed, run the same command again") from None
     archive.unlink()
 
 
@@ -771,11 +771,11 @@ def unpack(z, root):
     text, prefix = z.read(sums), sums[:-len(SUMS)]
     wanted = wanted_files(text.decode(errors="replace"))
     for name, digest in tqdm(wanted.items(), "unpack", unit="file", disable=None):
-        if is_right(root / name, digest):
+        if hash_matches(root / name, digest):
             continue
         content = z.read(prefix + name)
         if hashlib.sha256(content).hexdigest() != digest:
-            raise BadZipFile(f"{name} does not have the hash of {SUMS}")
+            raise BadZipFile(f"{name} does not have the hash listed in {SUMS}")
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(root / name, lambda path: path.write_bytes(content))
     if not {DATABASE, STATEMENTS} <= wanted.keys():
@@ -791,7 +791,7 @@ def wanted_files(sums):
             or re.fullmatch(r"records500/\d{5}/\d{5}_hr\.(dat|hea)", name)}
 
 
-def is_right(path, digest):
+def hash_matches(path, digest):
     return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
 
 
@@ -800,12 +800,12 @@ def is_right(path, digest):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
-    add("--data", default="ptbxl", help="the set's folder (default: ptbxl)")
+    add("--data", default="ptbxl", help="the dataset's folder (default: ptbxl)")
     add("--task", default="all71",
-        help="a .csv table of your own (default: PTB-XL's, of whichever task)")
+        help="a .csv table of your own (default: PTB-XL; one cache serves all its tasks)")
     add("--leads", default=",".join(LEADS), help="such as II,V1,V5 (default: all twelve)")
     add("--preprocess", choices=PREPROCESSING, default="filter",
-        help="default: filter, as ECGFounder's authors demand")
+        help="default: filter, as ECGFounder's authors require")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     add("--skip-unreadable", action="store_true",
         help="finish the cache without records that cannot be read")
@@ -829,8 +829,8 @@ def main(argv=None):
         sys.stderr.write(f"data.py: {line_of(error)}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("data.py: interrupted; run the same command again (a cache goes on from "
-                         "what is done, a download begins anew)\n")
+        sys.stderr.write("data.py: interrupted; run the same command again (a cache build "
+                         "resumes where it stopped, a download starts over)\n")
         sys.exit(130)
 
 

@@ -1,5 +1,5 @@
-"""Macro AUROC and AUPRC on a test fold or a whole set, with 95 % intervals over patients; models
-compared; single ECGs predicted.
+"""Macro AUROC and AUPRC on a test fold or a whole dataset, with 95 % intervals bootstrapped over
+patients; comparison of models; prediction of single ECGs.
 
     python evaluate.py runs/x/best.pt                     # fold 10; writes runs/x/predictions.npz
     python evaluate.py runs/x/best.pt --fold 9 10 --out runs/x/folds9+10.npz --json scores.json
@@ -10,7 +10,7 @@ compared; single ECGs predicted.
 
 A checkpoint of post_train.py holds all that is needed: network, task, classes, leads,
 preprocessing, data path. An .npz holds the predictions of any model: y_true and y_prob (N, L),
-classes (L,), and perhaps ecg_id and patient_id (N,). Predictions are made in float32 (on a GPU with
+classes (L,), optionally ecg_id and patient_id (N,). Predictions are made in float32 (on a GPU with
 PyTorch's defaults: TF32 convolutions where it has them). Needs data.py and model.py beside it.
 """
 import argparse
@@ -36,7 +36,7 @@ PICTURES = (".png", ".pdf", ".svg")
 FEW = 10            # fewer positives give no threshold, and intervals that are too narrow
 CHECKPOINT_LAYOUT = 2
 CHECKPOINT = {"layout": int, "task": str, "classes": list, "leads": list, "preprocessing": str,
-              "data": str, "args": dict}    # what one says of itself
+              "data": str, "args": dict}    # the fields that are needed
 PREDICTIONS = {     # the arrays (the last two may be missing) and the NumPy kinds they may have
     "y_true": "biuf", "y_prob": "biuf", "classes": "biufU", "ecg_id": "biufU",
     "patient_id": "biufU"}
@@ -65,7 +65,7 @@ def class_areas(y, prob, weights):
     """AUROC and average precision of one class: y (N,) bool, prob (N,), weights (..., N) -> two
     arrays (...).
 
-    With the records sorted by falling probability, A(i) and T(i) the weight of all and of the
+    With the records sorted by decreasing probability, A(i) and T(i) the weight of all and of the
     positive records down to the end of i's group of ties, A'(i) and T'(i) the same before that
     group, and P and N the positive and negative weight:
         AUROC = sum over the positives of w_i (N - ((A - T) + (A' - T')) / 2) / (P N)
@@ -76,7 +76,7 @@ def class_areas(y, prob, weights):
     score, positive = -prob[order], np.flatnonzero(y[order])
     first, last = (np.searchsorted(score, score[positive], side) for side in ("left", "right"))
     w = np.take(weights, order[positive], axis=-1)
-    total, true = cumulated(np.take(weights, order, axis=-1)), cumulated(w)
+    total, true = cumulative_sums(np.take(weights, order, axis=-1)), cumulative_sums(w)
     total_before, total_upto = total[..., first], total[..., last]                      # A', A
     true_before, true_upto = (true[..., np.searchsorted(positive, i)] for i in (first, last))
     p = true[..., -1]
@@ -88,7 +88,7 @@ def class_areas(y, prob, weights):
         return auroc, (w * precision).sum(-1) / p
 
 
-def cumulated(weights):
+def cumulative_sums(weights):
     """(..., N) -> (..., N + 1), the sums of the first 0 to N."""
     out = np.zeros((*weights.shape[:-1], weights.shape[-1] + 1))
     np.cumsum(weights, axis=-1, out=out[..., 1:])
@@ -106,8 +106,8 @@ def bootstrap(y_true, y_prob, patient_id=None, draws=DRAWS, seed=0):
     """AUROC and AUPRC of every class under `draws` Bayesian bootstrap weightings (Rubin 1981) of
     the patients: (draws, 2, L).
 
-    Every patient (every record where patients are unknown) gets one Exp(1) weight a draw. No weight
-    is zero, so that every class stays defined; drawing with replacement would lose the rare
+    Every patient (every record where patients are unknown) gets one Exp(1) weight per draw. No
+    weight is zero, so that every class stays defined; drawing with replacement would lose the rare
     classes' positives. One seed gives the same patients the same weights whatever the model, so
     that differences of two models' draws are paired.
     """
@@ -137,23 +137,23 @@ def interval(point, draws):
     """95 % intervals by the basic bootstrap (Davison and Hinkley 1997): (...), (D, ...) ->
     (..., 2).
 
-    The draws are mirrored at the point: on average they miss it as it misses the truth. Average
-    precision of few positives is too high, and the draws' percentiles higher still.
+    The draws are mirrored about the point estimate: their bias against it estimates its bias
+    against the truth. With few positives average precision is biased upwards, the draws more so.
     """
     low, high = np.percentile(draws, (2.5, 97.5), axis=0)
     return np.stack([2 * point - high, 2 * point - low], axis=-1)
 
 
 def best_thresholds(y_true, y_prob):
-    """The threshold of each class, for probabilities that reach it, with the best F1 =
-    2 TP / (predicted + positives): (N, L), (N, L) -> (L,), NaN without a positive or a negative."""
+    """Each class's threshold (probabilities >= it are positive) with the best F1 =
+    2 TP / (predicted + positives): (N, L), (N, L) -> (L,), NaN without positives or negatives."""
     y, prob = np.asarray(y_true, bool), np.asarray(y_prob, np.float64)
     thresholds, predicted = np.full(y.shape[1], np.nan), np.arange(1, len(y) + 1)
     for c in np.flatnonzero(y.any(0) & ~y.all(0)):
         order = np.argsort(-prob[:, c], kind="stable")
         score, true = prob[order, c], np.cumsum(y[order, c])
         f1 = 2 * true / (predicted + true[-1])
-        f1[:-1][score[:-1] == score[1:]] = 0  # no threshold parts equal probabilities
+        f1[:-1][score[:-1] == score[1:]] = 0  # no threshold separates equal probabilities
         thresholds[c] = score[f1.argmax()]
     return thresholds
 
@@ -228,7 +228,7 @@ def model_lines(reports):
                      "positives: the intervals are too narrow")
     undefined = reports[0]["undefined"]
     if undefined:
-        lines.append(f"without a positive or a negative, not counted: {', '.join(undefined)}")
+        lines.append(f"no positives or no negatives, not counted: {', '.join(undefined)}")
     return lines
 
 
@@ -257,7 +257,7 @@ def difference_lines(pairs):
         most = [f"{name} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}"
                 for name, d in pair["classes"].items()]
         if most:
-            lines.append(f"  most (AUROC, AUPRC): {', '.join(most)}")
+            lines.append(f"  largest (AUROC, AUPRC): {', '.join(most)}")
     return lines
 
 
@@ -293,8 +293,8 @@ def probabilities(logits):
 
 
 def pick_device(name):
-    """The device asked for, or where none is: a GPU if there is one, else the CPU. Raises
-    InputError if it is not there."""
+    """The requested device; by default a GPU if there is one, else the CPU. Raises InputError if it
+    is not available."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -302,23 +302,23 @@ def pick_device(name):
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is unknown; wanted cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {device}: this machine shows {torch.cuda.device_count()} CUDA "
-                         "devices; --device cpu runs anywhere")
+        raise InputError(f"device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices "
+                         "here; --device cpu runs anywhere")
     return device
 
 
 def load_checkpoint(path):
-    """The dict of a checkpoint of post_train.py; `load_model` makes a network of it."""
+    """The dict of a checkpoint of post_train.py; `load_model` makes a network from it."""
     checkpoint = network.read_checkpoint(path)
     if checkpoint.get("layout", CHECKPOINT_LAYOUT) != CHECKPOINT_LAYOUT:
-        raise InputError(f"{path}: is of checkpoint layout {checkpoint['layout']}, this is layout "
-                         f"{CHECKPOINT_LAYOUT}; use the files it was trained with, or train again")
+        raise InputError(f"{path}: has checkpoint layout {checkpoint['layout']}, wanted "
+                         f"{CHECKPOINT_LAYOUT}; use the scripts that trained it, or train again")
     lacking = [key for key, kind in CHECKPOINT.items() if not isinstance(checkpoint.get(key), kind)]
     lacking += [key for key in ("classes", "leads") if key not in lacking
                 and not all(isinstance(name, str) for name in checkpoint[key])]
     if lacking:
-        raise InputError(f"{path}: does not say its {lacking[0]}; wanted a checkpoint of "
-                         "post_train.py (the official weights are no model of a task yet: train "
+        raise InputError(f"{path}: does not state its {lacking[0]}; wanted a checkpoint of "
+                         "post_train.py (the official weights are not yet a model of a task: train "
                          "first)")
     return checkpoint
 
@@ -347,9 +347,9 @@ def shared_classes(names, classes):
 def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadable=False):
     """Predict the records of `folds` with a checkpoint -> (dict of arrays: ecg_id, patient_id,
     classes, y_true, y_prob, features (N, 1024); [lines to print on classes left out, on records
-    left out, and on records that trained it, each None where there are none]).
+    left out, and on patients it was trained on, each None if there are none]).
 
-    root, task: of another set than the one it was trained on; classes are matched by name.
+    root, task: of another dataset than the one it was trained on; classes are matched by name.
     """
     checkpoint = load_checkpoint(path)
     model = load_model(checkpoint, path, device)
@@ -370,8 +370,8 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     theirs, mine = ([some.index(c) for c in shared] for some in classes)
     warning = None
     if seen:
-        warning = (f"{seen:,} of these records are of patients that trained {path}: its scores on "
-                   "them say little")
+        warning = (f"{seen:,} of these records are of patients in the training data of {path}: its "
+                   "scores on them are optimistic")
 
     def features_and_logits(x):
         features = model.forward_features(x)
@@ -385,9 +385,9 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
 
 
 def load_predictions(path):
-    """Predictions of any model from an .npz -> the dict that predict_folds gives; ecg_id and
+    """Predictions of any model from an .npz -> predict_folds' dict without features; ecg_id and
     patient_id may be None. Nothing is unpickled."""
-    wanted = ("wanted an .npz of y_true and y_prob (N, L), classes (L,), and perhaps ecg_id and "
+    wanted = ("wanted an .npz of y_true and y_prob (N, L), classes (L,), optionally ecg_id and "
               "patient_id (N,)")
     try:
         with np.load(path, allow_pickle=False) as z:
@@ -402,11 +402,11 @@ def load_predictions(path):
     fits &= all(array.dtype.kind in PREDICTIONS[key] for key, array in found.items())
     if not fits or len(set(classes.tolist())) < n_classes:
         shapes = ", ".join(f"{key} {array.dtype} {array.shape}" for key, array in found.items())
-        raise InputError(f"{path}: its arrays do not fit together, or a class stands twice "
+        raise InputError(f"{path}: its arrays do not fit together, or a class appears twice "
                          f"({shapes}); {wanted}")
     if not np.isin(y, (0, 1)).all() or not ((prob >= 0) & (prob <= 1)).all():
-        raise InputError(f"{path}: y_true holds other values than 0 and 1, or y_prob others than "
-                         "probabilities; wanted finite ones in [0, 1]")
+        raise InputError(f"{path}: y_true holds values other than 0 and 1, or y_prob values that "
+                         "are no probabilities; wanted 0 and 1, and finite values in [0, 1]")
     ecg_id, patient_id = ids
     if patient_id is not None:
         unknown = np.isin(patient_id.astype(str), data.UNKNOWN)
@@ -435,7 +435,7 @@ def matched(names, models):
         if len(unlike):
             i, c = unlike[0]
             raise InputError(f"{name}: {shared[c]} of ecg_id {models[0]['ecg_id'][i]} is "
-                             f"{labels[-1][i, c]}, in {names[0]} {labels[0][i, c]}; wanted the "
+                             f"{labels[-1][i, c]}, but {labels[0][i, c]} in {names[0]}; wanted the "
                              "same labels")
         if patient_id is None and model["patient_id"] is not None:
             patient_id = model["patient_id"][rows]
@@ -444,7 +444,7 @@ def matched(names, models):
 
 
 def match(name, other, mine, wanted):
-    """Where in `mine`, the ecg_ids of the model `name`, those that are `wanted` stand."""
+    """The positions of the `wanted` ecg_ids in `mine`, those of the model `name`."""
     if mine is None or wanted is None:
         raise InputError(f"{name} and {other}: not both have ecg_id; wanted it, to match records")
     mine, wanted = mine.tolist(), wanted.tolist()
@@ -454,15 +454,15 @@ def match(name, other, mine, wanted):
     differ = sorted(place.keys() ^ set(wanted), key=str)
     if differ:
         lacks = len(set(wanted) - place.keys())
-        raise InputError(f"{name}: of {other}'s {len(wanted)} ecg_id it lacks {lacks}, and it has "
+        raise InputError(f"{name}: of {other}'s {len(wanted)} ecg_ids it lacks {lacks}, and it has "
                          f"{len(differ) - lacks} others (first difference: {differ[0]}); wanted "
                          "the same")
     return [place[value] for value in wanted]
 
 
 def names_of(paths):
-    """A short name for each file: its own, or its folder's where its own says nothing; whole paths
-    where those would not differ."""
+    """A short name for each file: its own, or its folder's if its own is generic; full paths if
+    those would not be unique."""
     paths = [Path(p) for p in paths]
     common = ("best", "last", "probe", "predictions")
     names = [p.resolve().parent.name if p.stem in common else p.stem for p in paths]
@@ -490,8 +490,8 @@ class Prediction(NamedTuple):
 
 
 def predict_records(checkpoint, path, records, device="cpu"):
-    """Predict WFDB records of any set, rate and length with a checkpoint that was read from `path`
-    -> ([Prediction of each that can be read], [why the others cannot])."""
+    """Predict WFDB records of any source, sampling rate and length with a checkpoint that was read
+    from `path` -> ([Prediction of each that can be read], [why the others cannot])."""
     from tqdm import tqdm
     model, found, unreadable = load_model(checkpoint, path, device), [], []
     how, leads = checkpoint["preprocessing"], checkpoint["leads"]
@@ -515,7 +515,7 @@ def find_records(paths):
                      for name in names)
             records += sorted(file.with_suffix("") for file in files if file.suffix == ".hea")
         else:
-            records.append(Path(data.without_ending(path)))
+            records.append(Path(data.strip_extension(path)))
     if not records:
         raise InputError(f"{', '.join(map(str, paths))}: holds no WFDB record; wanted .hea headers "
                          "and their signal files")
@@ -563,14 +563,14 @@ def write_table(path, checkpoint, predictions):
 
 
 def plot_record(record, leads, path):
-    """The first 10 s of a record on ECG paper (25 mm/s and 10 mm/mV lines), drawn by wfdb, to a
-    picture file."""
+    """Plot the first 10 s of a record on an ECG grid (25 mm/s, 10 mm/mV), drawn by wfdb, to an
+    image file."""
     import matplotlib
     matplotlib.use("Agg")
     import wfdb
     signal, fs = data.read_record(record, leads)
     signal = np.stack([data.fill_gaps(lead) for lead in signal[:, :int(10 * fs)].astype(float)]).T
-    # In the wrong unit, millivolts would have so many lines that wfdb draws for hours.
+    # A signal in the wrong unit would get so many grid lines that wfdb draws for hours.
     grids = "all" if np.ptp(signal, axis=0).max() < 50 else []
     figure = wfdb.plot_items(
         signal=signal, fs=fs, sig_name=list(leads), sig_units=["mV"] * len(leads),
@@ -616,7 +616,7 @@ def check(args):
         path = Path(given or "")
         if given and (path.suffix not in allowed or not path.parent.is_dir() or path.is_dir()):
             raise InputError(f"--{key} {path}: cannot be written; wanted a name that ends in "
-                             f"{' or '.join(allowed)} in a folder that is there")
+                             f"{' or '.join(allowed)} in an existing folder")
     for path in args.models:
         if not os.path.isfile(path):
             raise InputError(f"{path}: no such file; wanted a checkpoint, such as best.pt of a run "
@@ -630,7 +630,7 @@ def folds_of(args):
         return list(range(1, 11))
     wrong = [fold for fold in asked if fold not in map(str, range(1, 11))]
     if wrong:
-        raise InputError(f"--fold {wrong[0]}: no such fold; wanted some of 1 to 10, or all alone")
+        raise InputError(f"--fold {wrong[0]}: no such fold; wanted 1 to 10, or all by itself")
     return list(map(int, asked))
 
 
@@ -640,18 +640,18 @@ def parse(argv):
     add("models", metavar="FILE", nargs="+",
         help="checkpoints of post_train.py, or predictions (.npz) of any model; several are "
              "compared")
-    add("--fold", nargs="+", metavar="K", help="folds to predict, or all (default: 10, the test)")
-    add("--data", help="folder of the set (default: where the checkpoint was trained)")
+    add("--fold", nargs="+", metavar="K", help="folds, or all (default: 10, the test fold)")
+    add("--data", help="folder of the dataset (default: the one the checkpoint was trained on)")
     add("--task", metavar="TASK",
-        help="another task or .csv table than the checkpoint's; classes are matched by name")
+        help="a task or .csv table other than the checkpoint's; classes are matched by name")
     add("--out", help="where to write the predictions (default: predictions.npz, with --fold 9 "
                       "predictions-9.npz, beside the checkpoint)")
     add("--features", action="store_true",
         help="write the network's features (N, 1024) with the predictions")
     add("--json", metavar="FILE", help="also write the scores as JSON")
     add("--record", metavar="PATH", nargs="+",
-        help="predict these WFDB records, or all of a folder, instead; several make a csv, --out "
-             "or records.csv beside the checkpoint")
+        help="predict these WFDB records, or all in a folder, instead; several go to a csv (--out, "
+             "by default records.csv beside the checkpoint)")
     add("--plot", metavar="FILE.png", help="with one --record: draw the ECG")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
@@ -665,7 +665,7 @@ def run(args):
     if args.record:
         return run_records(args, device)
     models, notes = {}, []
-    # Predictions come first, as they are quick to read and to find fault with.
+    # .npz files come first, as they are quick to read and to check.
     for path in sorted(args.models, key=lambda path: not path.endswith(".npz")):
         if path.endswith(".npz"):
             models[path] = load_predictions(path)
@@ -725,11 +725,11 @@ def main(argv=None):
         sys.stderr.write(f"evaluate.py: {data.line_of(error)}\n")
         sys.exit(2)
     except torch.OutOfMemoryError:
-        sys.stderr.write("evaluate.py: the GPU's memory is too small for one ECG; end what else "
-                         "runs there, or try --device cpu\n")
+        sys.stderr.write("evaluate.py: the GPU's memory is too small for one ECG; end other "
+                         "programs on it, or try --device cpu\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("evaluate.py: interrupted; nothing is half written\n")
+        sys.stderr.write("evaluate.py: interrupted; no file is half-written\n")
         sys.exit(130)
 
 

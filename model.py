@@ -8,7 +8,7 @@ nothing.
 Input: (B, 12, T) float, T = 5000 samples at 500 Hz, leads I II III aVR aVL aVF V1-V6; output:
 logits (B, n_classes). Network and weights: Li et al., "An Electrocardiogram Foundation Model Built
 on over 10 Million Recordings" (NEJM AI 2025). Stochastic depth: Huang et al., "Deep Networks with
-Stochastic Depth" (ECCV 2016). This file imports no other of the project.
+Stochastic Depth" (ECCV 2016). This file imports no other project file.
 """
 import argparse
 import hashlib
@@ -41,7 +41,7 @@ OFFICIAL_LOGITS = (8.3751173, -4.1527028, -6.7856750, -2.8647900, 4.4135675,
 
 
 class WeightsError(ValueError):
-    """A checkpoint cannot be used; the message says what was found, wanted, and what to do."""
+    """An unusable checkpoint; the message says what was found, what was wanted and what to do."""
 
 
 # ------------------------------------------------------------------------------------------ network
@@ -86,8 +86,8 @@ class LongConv1d(torch.autograd.Function):
 class SameConv1d(nn.Module):
     """1-D convolution with "SAME" padding: (B, C, T) -> (B, out_channels, ceil(T / stride)).
 
-    Of the zeros, p // 2 go to the left and the rest to the right. They are added by hand: in
-    bfloat16 oneDNN computes some convolutions that pad by themselves wrongly on CPUs with AMX
+    Of the p zeros, p // 2 go on the left and the rest on the right. They are added explicitly: on
+    CPUs with AMX, oneDNN computes some convolutions with built-in padding wrongly in bfloat16
     (pytorch/pytorch#169688).
     """
 
@@ -114,9 +114,9 @@ class Block(nn.Module):
     """Pre-activation bottleneck block with squeeze-excitation and stochastic depth:
     (B, C, T) -> (B, out_channels, ceil(T / stride)).
 
-    In training each call draws which samples keep the residual branch (`drop_path` is the share
+    In training each call draws which samples keep the residual branch (`drop_path` is the fraction
     that does not), computes it for those alone and scales it by B / kept, so that its expectation
-    is the whole branch. The number kept is fixed.
+    is the full branch. The number kept is fixed for a given B.
     """
 
     def __init__(self, in_channels, out_channels, stride, drop_path, leading_swish):
@@ -146,9 +146,9 @@ class Block(nn.Module):
         return h * gate.unsqueeze(-1)
 
     def shortcut(self, x):
-        if self.stride == 2:                        # an odd length grows by a zero first
+        if self.stride == 2:                        # an odd length is zero-padded first
             x = F.max_pool1d(F.pad(x, (0, x.shape[-1] % 2)), 2)
-        if self.grow:                               # new channels: zeros before and behind
+        if self.grow:                               # extra channels: zeros on both sides
             x = F.pad(x, (0, 0, self.grow // 2, self.grow - self.grow // 2))
         return x
 
@@ -162,14 +162,14 @@ class Block(nn.Module):
 
 
 class ECGFounder(nn.Module):
-    """The published network under the parameter names of its checkpoint. The BatchNorm layers that
-    it holds and never applies are not built. See `ecgfounder`."""
+    """The published network, with its checkpoint's parameter names. The BatchNorm layers that it
+    defines but never applies are omitted. See `ecgfounder`."""
 
     def __init__(self, n_classes, in_channels, levels, drop_path_rates, dropout):
         super().__init__()
         channels, rates = levels[0][0], iter(drop_path_rates)
         self.first_conv = SameConv1d(in_channels, channels, KERNEL, stride=2)
-        self.stage_list = nn.ModuleList()           # levels; official names, as `block_list` is
+        self.stage_list = nn.ModuleList()           # levels; an official name, like `block_list`
         for i, (out_channels, n_blocks) in enumerate(levels):
             blocks = []
             for j in range(n_blocks):
@@ -194,8 +194,8 @@ class ECGFounder(nn.Module):
         return x.mean(-1)
 
     def head(self, features):
-        """Features (B, 1024) -> logits (B, n_classes). Under autocast, too, in full precision, as
-        coarser logits tie."""
+        """Features (B, 1024) -> logits (B, n_classes). In full precision even under autocast, as
+        coarser logits would tie."""
         with torch.autocast(features.device.type, enabled=False):
             return self.dense(self.dropout(features.to(self.dense.weight.dtype)))
 
@@ -205,12 +205,13 @@ class ECGFounder(nn.Module):
 
 def ecgfounder(n_classes, in_channels=12, drop_path=0.0, drop_path_mode="constant", dropout=0.0,
                levels=LEVELS):
-    """Build the network, randomly initialised.
+    """Build the network, randomly initialized.
 
-    in_channels: 12 leads, or 1 (lead I) for the one-lead release. drop_path, 0 <= p < 1: share of
-    each batch that skips a residual branch in training; the same in every block ("constant") or
-    growing from 0 in the first of the 20 blocks to p in the last ("linear"). dropout, 0 <= p < 1:
-    of the pooled features. levels: (channels, blocks) of each. Raises ValueError for anything else.
+    in_channels: the number of leads; the official releases have 12, or 1 (lead I). drop_path,
+    0 <= p < 1: fraction of each batch that skips a residual branch in training; the same in every
+    block ("constant") or growing from 0 in the first of the 20 blocks to p in the last ("linear").
+    dropout, 0 <= p < 1: of the pooled features. levels: (channels, blocks) of each. Raises
+    ValueError for other rates or modes.
     """
     for name, rate in (("drop_path", drop_path), ("dropout", dropout)):
         if not 0 <= rate < 1:
@@ -228,7 +229,7 @@ def ecgfounder(n_classes, in_channels=12, drop_path=0.0, drop_path_mode="constan
 
 def read_checkpoint(path):
     """Read a checkpoint -> dict with at least `state_dict`, on the CPU; a bare state_dict becomes
-    such a dict. No code of the file is ever run: beside tensors and plain data only what the
+    such a dict. No code in the file is ever run: besides tensors and plain data only what the
     official file needs is allowed, a NumPy float64 scalar (`val_auroc`, pickled under NumPy 1's
     names). Raises WeightsError for anything else.
     """
@@ -240,11 +241,11 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch warns of here, it also refuses
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly every type for a damaged file
+    except Exception as error:  # torch raises almost anything for a damaged file
         lines = str(error).splitlines() or [type(error).__name__]
         telling = [line.strip() for line in lines if "Unsupported" in line or "load key" in line]
         reason = getattr(error, "strerror", None) or (telling or lines)[0]
-        raise WeightsError(f"{path}: no checkpoint of tensors and plain data can be read "
+        raise WeightsError(f"{path}: cannot be read as a checkpoint of tensors and plain data "
                            f"({reason}); fetch or train it again; `python model.py --download` "
                            "fetches the official weights") from None
     if isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
@@ -263,13 +264,13 @@ def is_plain(value):
 
 
 def load_pretrained(model, path, head=False, leads=None):
-    """Load the official `.pth`, a checkpoint of post_train.py of any task, or a bare state_dict
-    into `model`; returns how many of the file's leads were left out.
+    """Load the official `.pth`, a post_train.py checkpoint for any task, or a bare state_dict into
+    `model`; returns how many of the file's leads were left out.
 
     Without `head` everything but `dense` is loaded, whether or not the file holds one. leads: the
-    names of the model's; of those of the file (where it names none: all twelve, I alone, or these)
-    the others are left out, which is the same as if they were zero. See `load_state` for what is
-    refused.
+    names of the model's leads; the file's other leads (a file that names none has all twelve, I
+    alone, or these) are dropped, which is the same as feeding zeros for them. See `load_state` for
+    what is refused.
     """
     checkpoint = read_checkpoint(path)
     state, left_out = checkpoint["state_dict"], 0
@@ -280,10 +281,10 @@ def load_pretrained(model, path, head=False, leads=None):
         there = there if isinstance(there, list | tuple) else []
         if len(there) != stem.shape[1]:
             raise WeightsError(f"{path}: does not name its {stem.shape[1]} leads; wanted as many "
-                               "--leads")
+                               "names in --leads")
         lacking = [lead for lead in leads if lead not in there]
         if lacking:
-            raise WeightsError(f"{path}: is of leads {', '.join(map(str, there))}; wanted "
+            raise WeightsError(f"{path}: has leads {', '.join(map(str, there))}; wanted "
                                f"{', '.join(lacking)} too: give other --leads")
         state = {**state, STEM: stem[:, [there.index(lead) for lead in leads]]}
         left_out = len(there) - len(leads)
@@ -293,11 +294,11 @@ def load_pretrained(model, path, head=False, leads=None):
 
 def load_state(model, found, path, head):
     """Load the state_dict `found`, read from `path`; with `head` the classifier too, whose number
-    of classes must fit.
+    of classes must match.
 
-    Of the file only the unused BatchNorm keys, and without `head` the classifier, are left out.
-    Every other difference raises WeightsError, naming the first missing, unexpected and misshapen
-    keys, before anything is loaded.
+    Only the file's unused BatchNorm keys and, without `head`, its classifier are skipped. Any other
+    difference raises WeightsError, naming the first missing, unexpected and mismatched keys, before
+    anything is loaded.
     """
     unused, wanted = unused_keys(model), model.state_dict()
     classifier = {key for key in wanted if key.startswith("dense.")}
@@ -307,7 +308,7 @@ def load_state(model, found, path, head):
     state = {key: found[key] for key in wanted if key in found}
     problems = {"missing": sorted(needed - found.keys()),
                 "unexpected": sorted(map(str, found.keys() - needed - classifier)),
-                "misshapen": [f"{key} {tuple(value.shape)}, wanted {tuple(wanted[key].shape)}"
+                "mismatched": [f"{key} {tuple(value.shape)}, wanted {tuple(wanted[key].shape)}"
                               for key, value in state.items() if value.shape != wanted[key].shape]}
     said = [f"{len(keys)} {kind} (first: {keys[0]})" for kind, keys in problems.items() if keys]
     if not said:
@@ -337,8 +338,8 @@ def sha256(path):
 
 
 def verify(path):
-    """Check a checkpoint and say what it is: lines to print. Raises WeightsError where something
-    is wrong."""
+    """Check a checkpoint -> lines to print that describe it. Raises WeightsError if something is
+    wrong."""
     state = read_checkpoint(path)["state_dict"]
     stem = state.get(STEM)
     head = [value for key, value in state.items() if str(key).startswith("dense.")]
@@ -361,7 +362,7 @@ def verify(path):
         raise WeightsError(f"{path}: the file is the known release, but its logits "
                            f"{logits.tolist()} are not the published ones; this installation of "
                            "PyTorch computes the network wrongly")
-    return lines + ["sha256 is the known 12-lead release's",
+    return lines + ["sha256 matches the known 12-lead release",
                     "logits equal the published ones (rtol 1e-4)"]
 
 
@@ -375,7 +376,7 @@ def download(path, url, digest=None):
         torch.hub.download_url_to_file(url, path, hash_prefix=digest)
     except (OSError, ValueError, HTTPException) as error:
         raise WeightsError(f"{url}: cannot be fetched ({error}); run the same command again, or "
-                           "--url for a mirror") from None
+                           "give a mirror with --url") from None
     except RuntimeError as error:  # the hash differs; nothing was written
         raise WeightsError(f"{url}: not the known release ({error}); nothing was kept, run the "
                            "same command again") from None
@@ -387,11 +388,11 @@ def main(argv=None):
     parser.add_argument("--download", action="store_true",
                         help="fetch the official weights to checkpoints/")
     parser.add_argument("--leads", type=int, choices=(12, 1), default=12,
-                        help="of the release to fetch (default: 12)")
+                        help="number of leads of the release to fetch (default: 12)")
     parser.add_argument("--url", help="where to fetch it from (default: Hugging Face)")
     args = parser.parse_args(argv)
     if not args.download and not args.weights:
-        parser.error("wanted --download or --weights FILE")
+        parser.error("nothing to do; give --download or --weights FILE")
     path, digest = {12: (OFFICIAL, OFFICIAL_SHA256), 1: (OFFICIAL_ONE_LEAD, None)}[args.leads]
     try:
         if args.download:
@@ -403,7 +404,7 @@ def main(argv=None):
         sys.stderr.write(f"model.py: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("model.py: interrupted; nothing is half written\n")
+        sys.stderr.write("model.py: interrupted; no file is half-written\n")
         sys.exit(130)
 
 

@@ -3,14 +3,14 @@ stochastic depth.
 
     python post_train.py --task diagnostic44 --frac 0.1                         # the method
     python post_train.py --task diagnostic44 --frac 0.1 --strategy baseline     # plain fine-tuning
-    python post_train.py --data clinic --task clinic.csv --leads I              # a set of your own
+    python post_train.py --data clinic --task clinic.csv --leads I              # your own dataset
     torchrun --nproc_per_node 4 post_train.py --task all71                      # several GPUs
 
 Method: Zhou et al., "Bridging Performance Gaps for Foundation Models: A Post-Training Strategy
-for ECGFounder" (arXiv 2509.12991). Folds 1-8 train, fold 9 selects the checkpoint, fold 10 is read
-once, at the end. Writes to --out: metrics.jsonl (a line an epoch, or an interpolation), probe.pt
-and best.pt (the best validation macro AUROC of the probe, and of fine-tuning), last.pt (to --resume
-from), test.json.
+for ECGFounder" (arXiv 2509.12991). Folds 1-8 train, fold 9 selects the checkpoint, fold 10 is
+evaluated once, at the end. Writes to --out: metrics.jsonl (a line per epoch or interpolation),
+probe.pt and best.pt (best validation macro AUROC of the probe and of fine-tuning), last.pt (for
+--resume), test.json.
 Needs data.py, model.py and evaluate.py beside it.
 """
 import argparse
@@ -29,7 +29,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import torch
 import torch.distributed as dist
-# Imported while there is no process group: its default arguments would hold on to one.
+# Imported before there is a process group, as its default arguments would keep it alive.
 import torch.distributed.nn  # noqa: F401
 import torch.nn.functional as F
 
@@ -40,30 +40,30 @@ from data import InputError
 
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 OUTPUTS = ("probe.pt", "best.pt", "last.pt", "metrics.jsonl", "test.json")
-FREE_ARGUMENTS = ("resume", "out", "data", "device", "compile")  # may differ when a run goes on
+FREE_ARGUMENTS = ("resume", "out", "data", "device", "compile")  # may change on --resume
 
 
 # ------------------------------------------------------------------------------------------- recipe
 
 class Setting(NamedTuple):
-    """A hyper-parameter: its value with --strategy post and with baseline, the source of each, and
-    a line for --help (none: not an option)."""
+    """A hyperparameter: its value with --strategy post and with baseline, the source of each, and
+    a line for --help (None: not an option)."""
     post: object
     baseline: object
     sources: tuple
     help: Optional[str] = None
 
 
-SOURCES = ("Sources of the defaults: community, a re-implementation by others, as the paper's own "
-           "values could not be read; official, ECGFounder's fine-tuning recipe, which has no "
-           "probe; ours, settled on fold 9 or chosen.")
+SOURCES = ("Sources of the defaults: community, a third-party re-implementation, as the paper's "
+           "own values were not available; official, ECGFounder's fine-tuning recipe, which has no "
+           "probe; ours, tuned on fold 9 or chosen without tuning.")
 PREVIEW_STEPS = 200
 PREVIEW = f"{PREVIEW_STEPS} steps"
 RECIPE = {
     "probe_epochs": Setting(PREVIEW, 0, ("ours", "official"),
-                            "epochs of preview linear probing, 0: none; the default is as many as "
-                            "come nearest to that, from 1 to 30, and 30 where no fine-tuning "
-                            "follows"),
+                            "epochs of preview linear probing, 0: none; the default is in "
+                            "steps, rounded to whole epochs from 1 to 30, or 30 epochs if no "
+                            "fine-tuning follows"),
     "probe_lr": Setting(1e-3, 1e-3, ("ours", "ours"), "learning rate of the probe"),
     "probe_final_lr": Setting(0.0, 0.0, ("ours", "ours")),
     "probe_schedule": Setting("cosine", "cosine", ("ours", "ours")),
@@ -77,16 +77,16 @@ RECIPE = {
     "weight_decay": Setting(0.05, 1e-5, ("community", "official")),
     "clip": Setting(1.0, None, ("ours", "official")),
     "layer_decay": Setting(1.0, 1.0, ("ours", "official"),
-                           "each level of the network trains at this share of the next one's rate"),
+                           "each level of the network has the next one's learning rate times this"),
     "drop_path": Setting(0.5, 0.0, ("community", "official"),
-                         "share of residual branches dropped in fine-tuning"),
+                         "fraction of residual branches dropped in fine-tuning"),
     "dropout": Setting(0.05, 0.0, ("community", "official"), "dropout before the head"),
-    "batch_size": Setting(32, 256, ("ours", "official"), "ECGs a step, on all devices"),
+    "batch_size": Setting(32, 256, ("ours", "official"), "ECGs per step, over all devices"),
     "interpolate": Setting(True, False, ("ours", "official"),
-                           "at the end validate the weights between the probe's and the last "
-                           "epoch's too, where there are both"),
+                           "at the end also validate interpolations of the probe's and the last "
+                           "epoch's weights, if there are both"),
 }
-SHARES = (0.0, 0.25, 0.5, 0.75)  # of fine-tuning, between the probe's weights (0) and the last (1)
+SHARES = (0.0, 0.25, 0.5, 0.75)  # interpolation weights: 0 is the probe, 1 the last epoch
 
 
 class Stage(NamedTuple):
@@ -99,22 +99,22 @@ class Stage(NamedTuple):
     optimizer: str          # "adamw": decoupled weight decay, none on one-dimensional parameters;
                             # "adam": coupled, on all
     weight_decay: float
-    clip: Optional[float] = None    # of the gradient norm
+    clip: Optional[float] = None    # maximum gradient norm
     layer_decay: float = 1.0
 
 
 def preview_epochs(steps, finetuned):
     """How many epochs of `steps` steps the probe has by default.
 
-    As a preview a short one: a head that fits the old features closely leaves fine-tuning little
-    cause to better them (Ren et al. 2023).
+    Few, as it is a preview: a head that fits the pretrained features closely leaves fine-tuning
+    little incentive to improve them (Ren et al. 2023).
     """
     return min(30, max(1, round(PREVIEW_STEPS / steps))) if finetuned else 30
 
 
 def stages_of(args, steps=1):
-    """The two stages of a run with `steps` steps an epoch: RECIPE's values, or those of the command
-    line."""
+    """The two stages of a run with `steps` steps per epoch: RECIPE's values, or those of the
+    command line."""
     v = {key: getattr(setting, args.strategy) for key, setting in RECIPE.items()} | vars(args)
     if v["probe_epochs"] == PREVIEW:
         v["probe_epochs"] = preview_epochs(steps, v["epochs"])
@@ -124,8 +124,8 @@ def stages_of(args, steps=1):
 
 
 def learning_rate(stage, progress, aurocs):
-    """The rate at `progress` (0 to 1) through a stage whose finished epochs had these validation
-    AUROCs. No state."""
+    """The learning rate at `progress` (0 to 1) through a stage whose finished epochs had these
+    validation AUROCs. Stateless."""
     if stage.schedule == "plateau":
         return stage.lr * 0.1 ** plateaus(aurocs)
     final = min(stage.final_lr, stage.lr)
@@ -148,8 +148,8 @@ def plateaus(aurocs, patience=10, threshold=1e-4):
 def make_optimizer(stage, layers):
     """The optimizer of `layers`, modules in order from input to output.
 
-    A group's "scale" is its share of the learning rate: layer_decay to the power of the number of
-    layers between it and the last one.
+    A group's "scale" multiplies the learning rate: layer_decay to the power of the number of layers
+    after it.
     """
     groups = []
     for depth, layer in enumerate(reversed(layers)):
@@ -168,10 +168,10 @@ def make_optimizer(stage, layers):
 # --------------------------------------------------------------------------------------- randomness
 
 def epoch_seed(seed, stage, epoch, stream=0):
-    """A seed of its own for each epoch, so that a resumed run draws what an undisturbed one draws.
+    """A separate seed for each epoch, so that a resumed run draws what an uninterrupted one draws.
 
-    stream: 0 for the order of the batches, which all ranks share; 1 + rank for a rank's dropout and
-    drop path.
+    stream: 0 for the batch order, which all ranks share; 1 + rank for a rank's dropout and drop
+    path.
     """
     entropy = seed, sum(map(ord, stage)), epoch, stream
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
@@ -185,11 +185,11 @@ def epoch_batches(n, batch_size, seed, rank, world):
     return [order[i:i + batch_size][rank::world] for i in starts]
 
 
-def new_head(model, seed):
-    """Draw a loaded network's head anew, from a stream that depends on its weights and the seed.
+def reset_head(model, seed):
+    """Re-initialize a loaded network's head, seeded from its first layer's weights and `seed`.
 
-    A stream of the seed alone may be the one from which a pretraining run drew its head: the
-    network's features would know the "new" head already.
+    `seed` alone may be the one with which a pretraining run initialized its head: the network's
+    features would already be fitted to the "new" head.
     """
     digest = zlib.crc32(model.first_conv.conv.weight.detach().numpy().tobytes())
     torch.manual_seed(int(np.random.SeedSequence((seed, digest)).generate_state(1)[0]))
@@ -199,7 +199,7 @@ def new_head(model, seed):
 # ---------------------------------------------------------------------------------------- one epoch
 
 class Split(NamedTuple):
-    array: object           # the cache's memory map (N, 12, 5000), or a tensor of such signals or
+    array: object           # the cache's memory map (N, leads, 5000), or a tensor of its signals or
                             # of features (n, 1024)
     rows: np.ndarray        # (n,), record i is array[rows[i]]
     y: torch.Tensor         # (n, L) float32 of 0 and 1, on the device
@@ -224,14 +224,14 @@ def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None
     check_every = 1 if device.type == "cpu" else 16  # each check waits for the GPU
     losses, norms = [], []
     batches = data.batches(split.array, (split.rows[i] for i in index), device)
-    hidden = None if title else True  # None: where this is no terminal
+    hidden = None if title else True  # None: hidden unless in a terminal
     batches = tqdm(batches, title, len(index), leave=False, unit="step", disable=hidden)
     for step, x in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = rates[step] * group.get("scale", 1.0)
         with torch.autocast(device.type, amp, enabled=amp is not None):
             logits = net(x)
-        y = split.y.index_select(0, data.send(index[step], device))
+        y = split.y.index_select(0, data.to_device(index[step], device))
         loss = F.binary_cross_entropy_with_logits(logits.float(), y)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -248,8 +248,8 @@ def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None
 
 
 def check_finite(losses, norms, scaled, start, steps):
-    """Raise NonFinite for the first loss of the steps after `start` that is not finite, or gradient
-    norm, unless a scaler skips those."""
+    """Raise NonFinite for the first of the steps after `start` whose loss is not finite, or whose
+    gradient norm is not, unless a scaler skips those."""
     good = torch.stack(losses).isfinite() & (torch.stack(norms).isfinite() | scaled)
     if not good.all():
         at = int((~good).nonzero()[0])
@@ -265,8 +265,8 @@ def across_ranks(value):
 
 
 def infer_all(function, split, device, amp):
-    """evaluate.infer, shared out over the ranks: each takes a strided slice, every rank gets the
-    whole, in order."""
+    """evaluate.infer, split over the ranks: each takes a strided slice, and all get the whole
+    result, in order."""
     if not dist.is_initialized():
         return evaluate.infer(function, split.array, split.rows, device, amp=amp)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -295,7 +295,7 @@ def validate(function, split, device, amp):
 # ----------------------------------------------------------------------------------- the two stages
 
 class Run(NamedTuple):
-    """A run as it goes on: what it was asked for, its network, and what has happened so far."""
+    """A run in progress: its arguments, its network and its history so far."""
     args: argparse.Namespace
     device: torch.device
     rank: int
@@ -303,9 +303,9 @@ class Run(NamedTuple):
     batch_size: int         # over all processes
     model: network.ECGFounder
     described: dict         # classes, leads, number of processes, a digest of the records, and the
-                            # names of those that train
+                            # names of those trained on
     history: list           # the lines of metrics.jsonl
-    state: dict             # of the optimizer and the scaler that it goes on with
+    state: dict             # of the optimizer and the scaler, if it was resumed
 
     def finished(self, stage):
         """How many epochs of the stage are done."""
@@ -317,7 +317,7 @@ class Run(NamedTuple):
 
 
 def train(args, device, rank=0, world=1):
-    """Train both stages from where the run stands; leaves its files in args.out."""
+    """Train both stages, or what is left of them; writes the run's files to args.out."""
     described, notes, train_split, val_split = load_splits(args, device, world)
     run = begin(args, device, rank, world, described, train_split, len(val_split.rows))
     steps = len(train_split.rows) // run.batch_size
@@ -344,16 +344,15 @@ def train(args, device, rank=0, world=1):
 
 
 def best_probe(run):
-    """The state_dict of probe.pt. Later epochs of the probe may fit the training records more
-    closely, and others less well."""
+    """The state_dict of probe.pt, the probe's best epoch on fold 9; later ones may overfit."""
     if run.world > 1:
         dist.barrier()  # until rank 0 has written it
     return network.read_checkpoint(Path(run.args.out, "probe.pt"))["state_dict"]
 
 
 def extract_features(run, *splits):
-    """Splits of signals -> splits of the network's features (n, 1024), which training keeps on the
-    device."""
+    """Splits of signals -> splits of the network's features (n, 1024), kept on the device for
+    training."""
     started, found, amp = time.perf_counter(), [], AMP[run.args.amp]
     for split in splits:
         features = infer_all(run.model.eval().forward_features, split, run.device, amp)
@@ -365,7 +364,7 @@ def extract_features(run, *splits):
 
 
 def fit(run, stage, trained, layers, train_split, val_split, amp):
-    """Train the module `trained` through the epochs of `stage` that are left, with checkpoints."""
+    """Train the module `trained` for the remaining epochs of `stage`, with checkpoints."""
     args, device = run.args, run.device
     optimizer = make_optimizer(stage, layers)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -407,8 +406,8 @@ def plan_epoch(run, stage, epoch, n):
 
 
 def interpolate(run, val_split):
-    """Validate weights on the line from the probe's to the last epoch's (WiSE-FT, Wortsman et al.
-    2022); best.pt becomes the best of them where it beats every epoch of fine-tuning."""
+    """Validate interpolations of the probe's and the last epoch's weights (WiSE-FT, Wortsman et al.
+    2022); best.pt becomes the best of them if it beats every epoch of fine-tuning."""
     model, amp = run.model, AMP[run.args.amp]
     start = best_probe(run)
     end = {key: value.clone() for key, value in model.state_dict().items()}
@@ -419,12 +418,12 @@ def interpolate(run, val_split):
         try:
             scores = validate(model.eval(), val_split, run.device, amp)
         except NonFinite as error:
-            run.say(f"{share:.0%} of fine-tuning  {error}, left out")
+            run.say(f"interpolation {share:.2f}  {error}, left out")
             continue
         run.history.append({"stage": "interpolate", "epoch": trial, "share": share, **scores,
                             "seconds": time.perf_counter() - started})
         save_best(run)
-        run.say(f"{share:.0%} of fine-tuning  {scores_of(run.history[-1])}")
+        run.say(f"interpolation {share:.2f}  {scores_of(run.history[-1])}")
     if run.rank == 0:
         write_history(run)
 
@@ -432,12 +431,12 @@ def interpolate(run, val_split):
 # ------------------------------------------------------------------------------------ a run's state
 
 def begin(args, device, rank, world, described, train_split, n_val):
-    """The run at its beginning, or as --resume finds it."""
+    """A new run, or the one that --resume continues."""
     n = len(train_split.rows)
     batch_size = min(args.batch_size, n) // world * world
     if not batch_size:
         raise InputError(f"{n} training records and batch size {args.batch_size} for {world} "
-                         "processes; wanted at least one record each")
+                         "processes; wanted at least one record per process")
     torch.manual_seed(args.seed)
     model = network.ecgfounder(len(described["classes"]), len(described["leads"]), args.drop_path,
                                args.drop_path_mode, args.dropout)
@@ -446,10 +445,10 @@ def begin(args, device, rank, world, described, train_split, n_val):
         last = evaluate.load_checkpoint(path)
         check_same_run(args, last, described)
         network.load_state(model, last["state_dict"], path, head=True)
-        weights = f"going on after {last['stage']} epoch {last['epoch']}"
+        weights = f"resumed after {last['stage']} epoch {last['epoch']}"
     elif args.weights != "none":
         left_out = network.load_pretrained(model, args.weights, leads=described["leads"])
-        new_head(model, args.seed)
+        reset_head(model, args.seed)
         weights = args.weights + (f" without {left_out} of its leads" if left_out else "")
     model.to(device)
     if AMP[args.amp]:
@@ -469,8 +468,8 @@ def begin(args, device, rank, world, described, train_split, n_val):
 
 
 def load_splits(args, device, world):
-    """(what checkpoints say of them, lines to print, training Split, validation Split); of fold 10
-    nothing is looked at but whose records they are."""
+    """(metadata for checkpoints, lines to print, training Split, validation Split); of fold 10 only
+    the names and patients of the records are looked at."""
     labels, signals = data.load_records(args.data, args.task, args.preprocess, args.leads)
     folds = {"folds 1-8": data.TRAIN_FOLDS, "fold 9": [data.VAL_FOLD], "fold 10": [data.TEST_FOLD]}
     of_fold = {name: np.flatnonzero(np.isin(labels.fold, folds[name])) for name in folds}
@@ -480,9 +479,9 @@ def load_splits(args, device, world):
                              "to train, 9 to validate and 10 to test on")
     positives, n = labels.y[of_fold["fold 9"]].sum(0), len(of_fold["fold 9"])
     if not ((positives > 0) & (positives < n)).any():
-        raise InputError(f"{args.data}: of no class of {args.task} fold 9 has both positives and "
-                         "negatives, so that it can choose no epoch; wanted a `fold` column that "
-                         "shares them out")
+        raise InputError(f"{args.data}: no class of {args.task} has both positives and negatives "
+                         "in fold 9, so that it cannot select an epoch; wanted a `fold` column "
+                         "that gives it both")
     train = data.subset(of_fold["folds 1-8"], args.frac, args.seed)
     seen = trained_before(args)
     notes = [*notes_on(labels, train, of_fold), *notes_on_weights(args, seen, labels, of_fold)]
@@ -500,7 +499,7 @@ def load_splits(args, device, world):
 
 
 def notes_on(labels, train, of_fold):
-    """What a user should know of the records `train` and of the three sets, as lines to print."""
+    """Warnings about the training records `train` and the three splits, as lines to print."""
     notes = []
     for name, index in (("training", train), ("validation", of_fold["fold 9"])):
         absent = [c for c, n in zip(labels.classes, labels.y[index].sum(0)) if not n]
@@ -511,28 +510,28 @@ def notes_on(labels, train, of_fold):
     shared = set.union(*(a & b for a, b in itertools.combinations(patients, 2)))
     if shared:
         notes.append(f"{len(shared)} patients are in more than one of training, validation and "
-                     "test: the scores will be too good")
+                     "test: the scores will be optimistic")
     return notes
 
 
 def trained_before(args):
-    """The names of the records that trained what the run begins with, or goes on from, as far as a
-    checkpoint of this project knows."""
+    """The names of the records on which the initial (or resumed) weights were trained, as far as
+    the checkpoint says."""
     last, weights = Path(args.out, "last.pt"), Path(args.weights)
     path = last if args.resume and last.exists() else weights
     return network.read_checkpoint(path).get("trained_on", []) if path.is_file() else []
 
 
 def notes_on_weights(args, seen, labels, of_fold):
-    """Whether the weights to start from have seen the validation and test sets, as lines."""
+    """Warnings if the initial weights have seen validation or test patients, as lines."""
     trained = labels.of_patients(seen)
     count = {name: trained[of_fold[name]].sum() for name in ("fold 9", "fold 10")}
-    return [f"{n:,} records of {name} are of patients that trained {args.weights}: their scores "
-            "will be too good" for name, n in count.items() if n]
+    return [f"{n:,} records of {name} are of patients in the training data of {args.weights}: "
+            "their scores will be optimistic" for name, n in count.items() if n]
 
 
 def on_device(split, device):
-    """The split with its signals on the GPU, where there is one with room; else as it is."""
+    """The split with its signals on the GPU, if there is one with room; else unchanged."""
     signals, rows, _ = split
     if device.type != "cuda":
         return split
@@ -544,14 +543,14 @@ def on_device(split, device):
 
 
 def check_precision(model, split, device, amp):
-    """Raise InputError where `model` (in eval mode) gives other features of a few ECGs with
-    autocast to `amp` than in float32: some processors' libraries compute single operations wrongly
-    in low precision. Done right, bf16 differs by less than 1 %."""
+    """Raise InputError if the features of a few ECGs from `model` (in eval mode) under autocast to
+    `amp` are far from those in float32: on some processors libraries compute some operations
+    wrongly in low precision. Computed correctly, bf16 differs by less than 1 %."""
     exact, coarse = (evaluate.infer(model.forward_features, split.array, split.rows[:4], device,
                                     amp=dtype) for dtype in (None, amp))
     error, size = np.linalg.norm(coarse - exact), np.linalg.norm(exact)
     if not error <= 0.1 * size:
-        raise InputError(f"this machine computes other features in {amp} than in float32, off by "
+        raise InputError(f"this machine's features in {amp} differ from those in float32 by "
                          f"{100 * error / size:.0f} %; give --amp off, or bf16 instead of fp16, "
                          "with another --out if there is a last.pt")
 
@@ -564,7 +563,7 @@ def check_same_run(args, last, described):
     changed += [f"{key} differ" for key, value in described.items()
                 if key != "trained_on" and last.get(key) != value]
     if changed or "optimizer" not in last:
-        raise InputError(f"{args.out}/last.pt: this run cannot go on "
+        raise InputError(f"{args.out}/last.pt: this run cannot be resumed "
                          f"({'; '.join(changed) or 'no optimizer'}); give the same arguments and "
                          "data, or another --out without --resume")
 
@@ -572,8 +571,8 @@ def check_same_run(args, last, described):
 # ---------------------------------------------------------------------------------------- its files
 
 def save_epoch(run, **state):
-    """Write the files of the epoch that history ends with: last.pt with the states of optimizer and
-    scaler comes first, so that --resume can make the others of it."""
+    """Write the files of the history's last epoch: first last.pt, with the states of optimizer and
+    scaler, so that --resume can restore the others from it."""
     if run.rank == 0:
         save(run, "last.pt", **state)
         save_best(run)
@@ -581,8 +580,8 @@ def save_epoch(run, **state):
 
 
 def save_best(run):
-    """Write best.pt, and of the probe probe.pt, where history ends with the best line so far, whose
-    weights the model holds."""
+    """Write best.pt, probe.pt, or without fine-tuning both, if the history's last line, whose
+    weights the model holds, is the best so far."""
     stages_of_best = ["finetune", "interpolate"] if run.args.epochs else ["probe"]
     for name, stages in (("probe.pt", ["probe"]), ("best.pt", stages_of_best)):
         *before, last = run.history
@@ -592,8 +591,8 @@ def save_best(run):
 
 
 def save(run, name, **state):
-    """Write a checkpoint: tensors and plain data that say all there is to know of it. The last line
-    of its history is of its weights; of an interpolation that says the share."""
+    """Write a self-contained checkpoint of tensors and plain data. The last line of its history
+    describes its weights; for an interpolation, it says the share."""
     args, line = run.args, run.history[-1]
     checkpoint = {
         "layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": run.model.state_dict(),
@@ -607,9 +606,9 @@ def write_checkpoint(path, checkpoint):
     def write(temporary):
         try:
             torch.save(checkpoint, temporary)
-        except RuntimeError as error:  # torch's word for a full disk
+        except RuntimeError as error:  # how torch reports a full disk
             reason = str(error).splitlines()[0]
-            raise InputError(f"{path}: cannot be written ({reason}); make room, and go on with "
+            raise InputError(f"{path}: cannot be written ({reason}); make room, and continue with "
                              "--resume") from None
 
     data.write_atomically(path, write)
@@ -623,7 +622,7 @@ def versions():
 
 
 def write_history(run):
-    """metrics.jsonl anew from the history, so that no kill leaves a torn or doubled line."""
+    """Rewrite metrics.jsonl from the history, so that no kill leaves a partial or repeated line."""
     lines = "".join(json.dumps(line) + "\n" for line in run.history)
     data.write_atomically(Path(run.args.out, "metrics.jsonl"), lambda path: path.write_text(lines))
 
@@ -650,15 +649,15 @@ def parse(argv):
     add("--frac", type=float, default=1.0,
         help="fraction of the training records; folds 9 and 10 stay whole (default: 1)")
     add("--data", default="ptbxl",
-        help="the set's folder; its cache is built when missing (default: ptbxl)")
+        help="the dataset's folder; its cache is built if missing (default: ptbxl)")
     add("--leads", default=",".join(data.LEADS), help="such as II,V1,V5 (default: all twelve)")
     add("--preprocess", choices=data.PREPROCESSING, default="filter",
-        help="default: filter, as ECGFounder's authors demand")
+        help="default: filter, as ECGFounder's authors require")
     add("--weights", default=network.OFFICIAL,
         help=f"checkpoint to start from, or none (default: {network.OFFICIAL})")
     add("--out", help="folder of the run (default: runs/<task>-frac<f>-<strategy>-seed<s>)")
     add("--seed", type=int, default=0,
-        help="sets initialization, fraction, order of the batches, drop path, dropout (default: 0)")
+        help="seeds initialization, training subset, batch order, drop path, dropout (default: 0)")
     add("--strategy", choices=("post", "baseline"), default="post",
         help="post: the paper's; baseline: ECGFounder's fine-tuning recipe (default: post)")
     add_recipe(parser)
@@ -668,7 +667,7 @@ def parse(argv):
     add("--amp", choices=("auto", *AMP), default="auto",
         help="mixed precision (default: auto: fp16 on CUDA, off on the CPU; ours)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    add("--resume", action="store_true", help="go on from last.pt in --out")
+    add("--resume", action="store_true", help="continue from last.pt in --out")
     add("--compile", action="store_true", help="torch.compile the network for fine-tuning")
     add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
     args = parser.parse_args(argv)
@@ -696,7 +695,7 @@ def add_recipe(parser):
 
 
 def check(args):
-    """Raise InputError for what no run can use, before anything is read or written."""
+    """Raise InputError for unusable arguments, before anything is read or written."""
     data.check_task(args.task)
     data.subset([0], args.frac, 0)  # raises for a bad --frac
     good = {"epochs": (args.epochs >= 0, "at least 0"),
@@ -712,15 +711,15 @@ def check(args):
         if not fine:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(args, key)}; wanted {wanted}")
     if not args.epochs and not args.probe_epochs:
-        raise InputError("--epochs 0 and --probe-epochs 0 train nothing; give one of them")
+        raise InputError("--epochs 0 and --probe-epochs 0 train nothing; give one above 0")
     going_on = args.resume and Path(args.out, "last.pt").exists()
     if args.weights != "none" and not os.path.exists(args.weights) and not going_on:
         raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the "
-                         "official weights, --weights none starts at random")
+                         "official weights, --weights none starts from scratch")
     written = [Path(args.out, name) for name in OUTPUTS if name != "metrics.jsonl"]
     if not going_on and any(path.exists() for path in written):
-        how = "without its last.pt it cannot go on" if args.resume else "--resume goes on with it"
-        raise InputError(f"{args.out}: holds a run already; {how}, another --out begins a new one")
+        how = "without last.pt it cannot be resumed" if args.resume else "--resume continues it"
+        raise InputError(f"{args.out}: holds a run already; {how}, another --out starts a new one")
 
 
 def pick_device(name):
@@ -733,7 +732,7 @@ def pick_device(name):
 
 
 def post_train(args):
-    """The whole of a run: cache, training, test."""
+    """A whole run: cache, training, test."""
     check(args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, out = pick_device(args.device), Path(args.out)
@@ -751,7 +750,7 @@ def post_train(args):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{data.line_of(error)}; give another --out") from None
-    # The cache comes before the group: it may take longer than ranks wait for each other.
+    # The cache is built before the process group: it may take longer than the group's timeout.
     cache = data.build_cache(args.data, args.task, args.preprocess, args.leads,
                              skip_unreadable=args.skip_unreadable)
     left_out = cache.left_out()
@@ -771,16 +770,16 @@ def train_in_group(args, device, rank, world):
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train(args, device, rank, world)
-    # While a rank waits here, Gloo's threads let go of the last tensors. In torch 2.6 they cannot
-    # do so during destroy_process_group, which waits for them and holds Python's lock
+    # While a rank waits here, Gloo's threads release the last tensors. In torch 2.6 they cannot do
+    # so during destroy_process_group, which waits for them and holds the GIL
     # (pytorch/pytorch#154976).
     dist.barrier()
     dist.destroy_process_group()
 
 
 def finish(args, device):
-    """Add to best.pt each class's threshold, of the best F1 on fold 9, and score it on fold 10,
-    which nothing has read so far."""
+    """Add to best.pt each class's threshold, of the best F1 on fold 9, and evaluate it on fold 10,
+    which nothing has been evaluated on so far."""
     best = Path(args.out, "best.pt")
     checkpoint = evaluate.load_checkpoint(best)
     given = args.data, args.task, device, args.skip_unreadable
@@ -803,18 +802,18 @@ def main(argv=None):
     except (InputError, network.WeightsError, OSError) as error:
         status, message = 2, data.line_of(error)
     except NonFinite as error:
-        status, message = 1, (f"{error}; a lower --lr (of the probe: --probe-lr), or in fp16 --amp "
-                              "bf16 or off may mend it, with another --out if there is a last.pt, "
-                              "which keeps the last good epoch")
+        status, message = 1, (f"{error}; a lower --lr (of the probe: --probe-lr), or instead of "
+                              "fp16 --amp bf16 or off may help, with another --out if there is a "
+                              "last.pt, which keeps the last good epoch")
     except torch.OutOfMemoryError:
         status, message = 1, ("the GPU's memory is too small to train on a batch of "
                               f"{args.batch_size}; a smaller --batch-size may fit, with another "
                               "--out if there is a last.pt")
     except KeyboardInterrupt:
-        status, message = 130, ("stopped; the same command with --resume goes on after the last "
+        status, message = 130, ("stopped; the same command with --resume continues after the last "
                                 f"finished epoch ({args.out}/last.pt)")
     sys.stderr.write(f"post_train.py: {message}\n")
-    if dist.is_initialized():  # to leave the group would be to wait for the other processes
+    if dist.is_initialized():  # leaving the group would wait for the other processes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

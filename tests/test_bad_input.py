@@ -186,14 +186,15 @@ SPOILED = {     # (script, what the line names): {what it names, too: [what was 
     },
     (OWN, f"{TABLE}, wanted"): {
         "no class, record, column of 0 and 1": [without_columns(TABLE, "NORM", "other")],
-        "two columns of one name": [changed(TABLE, lambda b: b.replace(b"other", b"NORM"))],
-        "ecg_id 3 stands twice": [cell("ecg_id", "3", table=TABLE)],
-        "00006_hr stands twice": [cell("record", str(RECORD)[5:].replace("5_", "6_"), table=TABLE)],
+        "a column name twice": [changed(TABLE, lambda b: b.replace(b"other", b"NORM"))],
+        "ecg_id 3 appears twice": [cell("ecg_id", "3", table=TABLE)],
+        "00006_hr appears twice": [
+            cell("record", str(RECORD)[5:].replace("5_", "6_"), table=TABLE)],
         "in fold 9, 9 to validate": [cell("fold", "8", ["9"], TABLE)],
     },
     (TRAIN, "data: no record of all71, wanted folds 1-8 to train"): {
         "in folds 1-8": [cell("strat_fold", "9", "12345678")]},
-    (TRAIN._replace(arguments=f"{SHORT} --task rhythm12"), "data: of no class, wanted"): {
+    (TRAIN._replace(arguments=f"{SHORT} --task rhythm12"), "data: no class, wanted"): {
         "fold 9, positives": [cell("scp_codes", "{'SR': 0.0}", ["9"])]},
     (TRAIN._replace(arguments=f"{SHORT} --preprocess raw --skip-unreadable"), "data: none"): {
         f"{RECORDS} records, .unreadable.csv": [partial(shutil.rmtree, "data/records500")]},
@@ -214,7 +215,7 @@ SPOILED = {     # (script, what the line names): {what it names, too: [what was 
         f"{GATE} is not finite": [resaved(WEIGHTS, {GATE: torch.full((8,), torch.nan)})],
     },
     (CUT._replace(arguments=f"{CUT.arguments} --leads II"), f"{BEST}"): {
-        "is of leads I;, wanted II, --leads": [
+        "has leads I;, wanted II, --leads": [
             resaved(BEST, {STEM: torch.zeros(16, 1, 16)}, leads=["I"])]},
     (START._replace(arguments=f"{START.arguments} --leads I,II,V1"), f"{WEIGHTS}, wanted"): {
         "does not name its 2 leads, --leads": [resaved(WEIGHTS, {STEM: torch.zeros(16, 2, 16)})]},

@@ -168,7 +168,7 @@ def test_other_folds_go_to_a_file_of_their_own(checkpoint, demo_set, tmp_path, c
                     (["--fold", "8", "9"], (labels.fold == 8).sum()), (["--fold", "9", "10"], 0),
                     (own, (dealt & (labels.fold < 9)).sum())):
         evaluate.main([str(checkpoint), *more])
-        said = f"{n} of these records are of patients that trained {checkpoint}: "
+        said = f"{n} of these records are of patients in the training data of {checkpoint}: "
         said = said in capsys.readouterr().out
         assert said is bool(n) and (n or more[-1] == "10")
     found = np.load(folder / "predictions-8-9.npz")["ecg_id"].tolist()

@@ -224,7 +224,7 @@ def test_the_one_lead_release_is_fetched_and_its_hash_printed(tiny, tmp_path, mo
     assert f"sha256 {digest.hexdigest()}: not the known" in out
     train_on = network.ecgfounder(2, 1)
     assert network.load_pretrained(train_on, network.OFFICIAL_ONE_LEAD, leads=("I",)) == 0
-    with pytest.raises(network.WeightsError, match="is of leads I; wanted V1 too"):
+    with pytest.raises(network.WeightsError, match="has leads I; wanted V1 too"):
         network.load_pretrained(train_on, network.OFFICIAL_ONE_LEAD, leads=("V1",))
 
 

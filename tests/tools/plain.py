@@ -89,7 +89,7 @@ class PlainNet1D(nn.Module):
 
 
 def read_and_filter(path):
-    """A WFDB record -> float32 (12, 5000), filtered and normalised as ECGFounder's authors do."""
+    """A WFDB record -> float32 (12, 5000), filtered and normalized as ECGFounder's authors do."""
     import scipy.signal
     import wfdb
     x = wfdb.rdrecord(str(path)).p_signal.T

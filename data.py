@@ -21,8 +21,8 @@ import multiprocessing
 import os
 import re
 import shutil
-import sys
 import threading
+import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 FS = 500            # Hz
@@ -181,10 +182,10 @@ def cell_of(row, column):
 class Labels(NamedTuple):
     ecg_id: np.ndarray      # (N,) int64 or str
     record: np.ndarray      # (N,) str: paths of WFDB records, relative to the dataset's folder
+    row: np.ndarray         # (N,) int64: place in the table and in the cache
     patient_id: np.ndarray  # (N,) int64 or str; a negative number where the patient is unknown
     fold: np.ndarray        # (N,) int64, 1 to 10
     y: np.ndarray           # (N, L) uint8
-    row: np.ndarray         # (N,) int64: place in the table and in the cache
     classes: list           # L names
 
     def take(self, chosen):
@@ -205,8 +206,10 @@ def load_labels(root, task):
     `patient_id` and `fold` (1-8 train, 9 validates, 10 tests); every other column is a class, of
     0 and 1. Without `fold`, each patient is assigned to one of ten folds by a hash.
     """
-    table = read_table(root, task)
-    return read_own_labels(table) if is_own(task) else read_ptbxl_labels(root, task, table)
+    table, own = read_table(root, task), is_own(task)
+    found = read_own_labels(table) if own else read_ptbxl_labels(root, task, table)
+    labels = Labels(table.ecg_id, np.array(table.records), np.arange(len(table.rows)), *found)
+    return labels if own else labels.take(labels.y.any(1))
 
 
 def read_ptbxl_labels(root, task, table):
@@ -224,8 +227,7 @@ def read_ptbxl_labels(root, task, table):
                                      f"{str(code)[:40]!r}; fetch both files again")
             if class_of[code] is not None:
                 y[i, place[class_of[code]]] = 1
-    patients, folds = identifiers(table.rows, "patient_id"), read_folds(table, "strat_fold")
-    return labels_of(table, patients, folds, y, classes).take(y.any(1))
+    return identifiers(table.rows, "patient_id"), read_folds(table, "strat_fold"), y, classes
 
 
 def read_classes(root, task):
@@ -241,12 +243,9 @@ def read_classes(root, task):
 def read_codes(table, i):
     """A record's statements: PTB-XL stores them as a Python dict {statement: likelihood}."""
     try:
-        codes = ast.literal_eval(table.rows[i]["scp_codes"])
+        return {**ast.literal_eval(table.rows[i]["scp_codes"])}  # TypeError for what is no dict
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        codes = None
-    if not isinstance(codes, dict):
-        raise table.bad_cell(i, "scp_codes", "a dict such as {'NORM': 100.0}")
-    return codes
+        raise table.bad_cell(i, "scp_codes", "a dict such as {'NORM': 100.0}") from None
 
 
 def read_folds(table, column):
@@ -274,22 +273,13 @@ def read_own_labels(table):
                 raise table.bad_cell(i, name, "0 or 1, as every column is a class except "
                                      f"{', '.join(NOT_CLASSES)}")
             y[i, c] = LABELS[cell]
-    patients, people = -1 - np.arange(len(y)), table.records
-    if "patient_id" in columns:
-        patients = identifiers(table.rows, "patient_id")
-        people = [cell_of(row, "patient_id") for row in table.rows]
-        people = [row["record"] if who in UNKNOWN else who for row, who in zip(table.rows, people)]
-    if "fold" in columns:
-        folds = read_folds(table, "fold")
-    else:  # by a hash, so that a patient is in the same fold in every table and on every machine
-        folds = np.array([1 + zlib.crc32(name.encode()) % 10 for name in people])
-    return labels_of(table, patients, folds, y, classes)
-
-
-def labels_of(table, patients, folds, y, classes):
-    """The labels of a table's records, row by row."""
-    return Labels(table.ecg_id, np.array(table.records), patients, folds, y, np.arange(len(y)),
-                  classes)
+    rows = [{"patient_id": "", **row} for row in table.rows]    # unknown without such a column
+    people = [cell_of(row, "patient_id") for row in rows]
+    people = [row["record"] if who in UNKNOWN else who for row, who in zip(rows, people)]
+    # By a hash, so that a patient is in the same fold in every table and on every machine.
+    dealt = np.array([1 + zlib.crc32(name.encode()) % 10 for name in people])
+    folds = read_folds(table, "fold") if "fold" in columns else dealt
+    return identifiers(rows, "patient_id"), folds, y, classes
 
 
 def subset(index, frac, seed):
@@ -334,8 +324,7 @@ def read_record(path, leads=LEADS):
     import wfdb
     try:
         record = wfdb.rdrecord(str(path))
-        signal, names, units = record.p_signal, record.sig_name, record.units
-        fs = float(record.fs)
+        signal, names, units, fs = record.p_signal, record.sig_name, record.units, float(record.fs)
         if re.search(MICROVOLTS, Path(f"{path}.hea").read_bytes()):  # wfdb drops the micro sign
             units = ["uV" if unit in ("V", "v") else unit for unit in units]
     except Exception as error:  # wfdb raises almost anything for a malformed header or short file
@@ -379,16 +368,13 @@ def preprocess(signal, fs, how="filter"):
     if not np.abs(x[~np.isnan(x)]).max(initial=0) <= MAX_MILLIVOLTS:
         raise InputError(f"a signal with infinite samples, or some beyond {MAX_MILLIVOLTS:g} mV; "
                          "wanted an ECG in millivolts")
-    x = np.stack([fill_gaps(lead) for lead in x])
-    x = resample(x, fs)[:, :SAMPLES]
+    x = resample(np.stack([fill_gaps(lead) for lead in x]), fs)[:, :SAMPLES]
     if how == "filter":
         x = remove_noise(x)
     if how != "raw":
         std = x.std()  # the 1e-8 is from ECGFounder's own preprocessing
         x = (x - x.mean()) / (std + 1e-8) if std >= 1e-6 else np.zeros_like(x)
-    out = np.zeros((len(x), SAMPLES), np.float32)
-    out[:, :x.shape[1]] = x
-    return out
+    return np.pad(x.astype(np.float32), ((0, 0), (0, SAMPLES - x.shape[1])))
 
 
 def fill_gaps(lead):
@@ -428,8 +414,7 @@ def remove_noise(x):
     x = dsp.filtfilt(*dsp.iirnotch(50, 30, FS), x)
     x = dsp.sosfiltfilt(dsp.butter(4, (0.67, 40), "bandpass", fs=FS, output="sos"), x)
     # One lead at a time: SciPy's fast running median is the one for 1-D arrays.
-    median = [ndimage.median_filter(lead, BASELINE_WINDOW, mode="constant") for lead in x]
-    return x - np.stack(median)
+    return x - [ndimage.median_filter(lead, BASELINE_WINDOW, mode="constant") for lead in x]
 
 
 def check_preprocessing(how):
@@ -549,7 +534,6 @@ def fill(cache, array, plan, root, workers):
     """Write the rows of the file `array` that are not marked; returns [(ecg_id, record, why it
     cannot be read)]."""
     import scipy.ndimage, scipy.signal, wfdb  # noqa: E401,F401  once, not in every worker
-    from tqdm import tqdm
     if cache.open(plan, array) is None:
         begin_cache(cache, plan)
     marks = np.lib.format.open_memmap(cache.marks, "r+")
@@ -739,7 +723,6 @@ def download(root, url=URL):
     Raises InputError for a zip that is damaged or lacks a file, and for a file whose hash is not
     the published one. The zip is removed at the end.
     """
-    import zipfile
     from http.client import HTTPException
     root, archive = Path(root), Path(root, "ptb-xl.zip")
     if (root / SUMS).exists():
@@ -765,8 +748,6 @@ def download(root, url=URL):
 
 def unpack(z, root):
     """Raises KeyError for a file that the zip lacks, BadZipFile for one with another hash."""
-    from tqdm import tqdm
-    from zipfile import BadZipFile
     sums = min((name for name in z.namelist() if Path(name).name == SUMS), key=len, default=SUMS)
     text, prefix = z.read(sums), sums[:-len(SUMS)]
     wanted = wanted_files(text.decode(errors="replace"))
@@ -775,11 +756,11 @@ def unpack(z, root):
             continue
         content = z.read(prefix + name)
         if hashlib.sha256(content).hexdigest() != digest:
-            raise BadZipFile(f"{name} does not have the hash listed in {SUMS}")
+            raise zipfile.BadZipFile(f"{name} does not have the hash listed in {SUMS}")
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(root / name, lambda path: path.write_bytes(content))
     if not {DATABASE, STATEMENTS} <= wanted.keys():
-        raise BadZipFile(f"{SUMS} does not list the two tables")
+        raise zipfile.BadZipFile(f"{SUMS} does not list the two tables")
     write_atomically(root / SUMS, lambda path: path.write_bytes(text))
 
 
@@ -822,16 +803,13 @@ def main(argv=None):
         cache = build_cache(args.data, args.task, args.preprocess, leads, args.workers,
                             args.skip_unreadable)
         marks, size = np.load(cache.marks), cache.array.stat().st_size
-        print(f"{cache.array}: {marks.sum():,} records, {size / 1e9:.2f} GB")
-        if not marks.all():
-            print(cache.left_out())
+        line = f"{cache.array}: {marks.sum():,} records, {size / 1e9:.2f} GB"
+        print(*filter(None, [line, cache.left_out()]), sep="\n")
     except (InputError, OSError) as error:
-        sys.stderr.write(f"data.py: {line_of(error)}\n")
-        sys.exit(2)
+        parser.exit(2, f"data.py: {line_of(error)}\n")
     except KeyboardInterrupt:
-        sys.stderr.write("data.py: interrupted; run the same command again (a cache build "
+        parser.exit(130, "data.py: interrupted; run the same command again (a cache build "
                          "resumes where it stopped, a download starts over)\n")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

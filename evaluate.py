@@ -17,13 +17,13 @@ import argparse
 import csv
 import json
 import os
-import sys
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import data
 import model as network
@@ -97,9 +97,8 @@ def cumulative_sums(weights):
 
 def macro(values):
     """Mean over the defined classes along the last axis; NaN where none is defined."""
-    defined = ~np.isnan(values)
-    total, count = np.where(defined, values, 0).sum(-1), defined.sum(-1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return np.nansum(values, -1) / (~np.isnan(values)).sum(-1)
 
 
 def bootstrap(y_true, y_prob, patient_id=None, draws=DRAWS, seed=0):
@@ -111,7 +110,6 @@ def bootstrap(y_true, y_prob, patient_id=None, draws=DRAWS, seed=0):
     classes' positives. One seed gives the same patients the same weights whatever the model, so
     that differences of two models' draws are paired.
     """
-    from tqdm import tqdm
     if patient_id is None:
         patient_id = np.arange(len(y_true))
     people, patient = np.unique(patient_id, return_inverse=True)
@@ -162,9 +160,7 @@ def best_thresholds(y_true, y_prob):
 
 def plain(values):
     """An array as nested lists of floats, None where undefined."""
-    if np.ndim(values):
-        return [plain(v) for v in values]
-    return None if np.isnan(values) else float(values)
+    return np.where(np.isnan(values), None, values).tolist()
 
 
 def report(scores, y_true, classes):
@@ -172,15 +168,13 @@ def report(scores, y_true, classes):
     classes; None if undefined."""
     point, draws = macro(scores.point), macro(scores.draws)
     ci = np.clip(interval(point, draws), 0, 1)
-    names = [f"macro_{metric}" for metric in METRICS]
-    auroc, auprc = map(plain, scores.point)
-    positives = np.sum(y_true, axis=0).tolist()
+    auroc, auprc = plain(scores.point)
     return {
         "n": len(y_true),
-        **dict(zip(names, plain(point))),
-        **{f"{name}_ci": plain(ends) for name, ends in zip(names, ci)},
-        "per_class": {name: {"positives": n, "auroc": a, "auprc": p}
-                      for name, n, a, p in zip(classes, positives, auroc, auprc)},
+        **{f"macro_{m}": value for m, value in zip(METRICS, plain(point))},
+        **{f"macro_{m}_ci": ends for m, ends in zip(METRICS, plain(ci))},
+        "per_class": {name: {"positives": n, "auroc": a, "auprc": p} for name, n, a, p
+                      in zip(classes, np.sum(y_true, 0).tolist(), auroc, auprc)},
         "undefined": [name for name, a in zip(classes, auroc) if a is None],
     }
 
@@ -235,11 +229,9 @@ def model_lines(reports):
 def class_lines(result):
     """A report's classes as lines to print."""
     width = max(map(len, [*result["per_class"], "class"]))
-    lines = [f"{'class':{width}} positives  AUROC  AUPRC"]
-    for name, s in result["per_class"].items():
-        scores = f"{digits(s['auroc'])} {digits(s['auprc'])}"
-        lines.append(f"{name:{width}} {s['positives']:9,} {scores}")
-    return lines
+    lines = [f"{name:{width}} {s['positives']:9,} {digits(s['auroc'])} {digits(s['auprc'])}"
+             for name, s in result["per_class"].items()]
+    return [f"{'class':{width}} positives  AUROC  AUPRC", *lines]
 
 
 def difference_lines(pairs):
@@ -248,8 +240,7 @@ def difference_lines(pairs):
     for pair in pairs:
         lines.append(f"{pair['b']} - {pair['a']}")
         for m in METRICS:
-            keys = (f"macro_{m}_{key}" for key in ("diff", "diff_ci", "gain_percent"))
-            diff, ci, gain = (pair[key] for key in keys)
+            diff, ci, gain = (pair[f"macro_{m}_{k}"] for k in ("diff", "diff_ci", "gain_percent"))
             if diff is None:
                 continue
             line = f"  {m.upper()} {diff:+.4f}  95 % interval {ci[0]:+.4f} to {ci[1]:+.4f}"
@@ -346,8 +337,8 @@ def shared_classes(names, classes):
 
 def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadable=False):
     """Predict the records of `folds` with a checkpoint -> (dict of arrays: ecg_id, patient_id,
-    classes, y_true, y_prob, features (N, 1024); [lines to print on classes left out, on records
-    left out, and on patients it was trained on, each None if there are none]).
+    classes, y_true, y_prob, features (N, 1024); lines to print on classes left out, on records
+    left out, and on patients it was trained on).
 
     root, task: of another dataset than the one it was trained on; classes are matched by name.
     """
@@ -368,20 +359,16 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
         raise InputError(f"{root}: holds no record of {task} in fold "
                          f"{', '.join(map(str, folds))}; see --fold, --task and --data")
     theirs, mine = ([some.index(c) for c in shared] for some in classes)
-    warning = None
+    lines = [line for line in (note, cache.left_out()) if line]
     if seen:
-        warning = (f"{seen:,} of these records are of patients in the training data of {path}: its "
-                   "scores on them are optimistic")
-
-    def features_and_logits(x):
-        features = model.forward_features(x)
-        return torch.cat([features, model.head(features)], 1)
-
-    out = infer(features_and_logits, signals, labels.row, device)
-    features, logits = np.split(out, [-len(classes[1])], axis=1)
+        lines.append(f"{seen:,} of these records are of patients in the training data of {path}: "
+                     "its scores on them are optimistic")
+    features = infer(model.forward_features, signals, labels.row, device)
+    logits = infer(model.head, torch.from_numpy(features).to(device), np.arange(len(features)),
+                   device)
     return {"ecg_id": labels.ecg_id, "patient_id": labels.patient_id, "classes": np.array(shared),
             "y_true": labels.y[:, theirs], "y_prob": probabilities(logits)[:, mine],
-            "features": features}, [note, cache.left_out(), warning]
+            "features": features}, lines
 
 
 def load_predictions(path):
@@ -393,12 +380,12 @@ def load_predictions(path):
         with np.load(path, allow_pickle=False) as z:
             found = {key: z[key] for key in PREDICTIONS if key in z.files}
         y, prob, classes = (found[key] for key in ("y_true", "y_prob", "classes"))
-        (n, n_classes), ids = y.shape, [found.get(key) for key in ("ecg_id", "patient_id")]
+        (n, n_classes), ecg_id, patient_id = y.shape, found.get("ecg_id"), found.get("patient_id")
     except Exception as error:  # NumPy and zipfile raise many types; object arrays are refused here
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise InputError(f"{path}: cannot be read as predictions ({reason}); {wanted}") from None
     fits = prob.shape == y.shape and classes.shape == (n_classes,) and n * n_classes > 0
-    fits &= all(array is None or array.shape == (n,) for array in ids)
+    fits &= all(array is None or array.shape == (n,) for array in (ecg_id, patient_id))
     fits &= all(array.dtype.kind in PREDICTIONS[key] for key, array in found.items())
     if not fits or len(set(classes.tolist())) < n_classes:
         shapes = ", ".join(f"{key} {array.dtype} {array.shape}" for key, array in found.items())
@@ -407,7 +394,6 @@ def load_predictions(path):
     if not np.isin(y, (0, 1)).all() or not ((prob >= 0) & (prob <= 1)).all():
         raise InputError(f"{path}: y_true holds values other than 0 and 1, or y_prob values that "
                          "are no probabilities; wanted 0 and 1, and finite values in [0, 1]")
-    ecg_id, patient_id = ids
     if patient_id is not None:
         unknown = np.isin(patient_id.astype(str), data.UNKNOWN)
         patient_id = np.where(unknown, np.arange(n) - n, patient_id)
@@ -492,12 +478,10 @@ class Prediction(NamedTuple):
 def predict_records(checkpoint, path, records, device="cpu"):
     """Predict WFDB records of any source, sampling rate and length with a checkpoint that was read
     from `path` -> ([Prediction of each that can be read], [why the others cannot])."""
-    from tqdm import tqdm
     model, found, unreadable = load_model(checkpoint, path, device), [], []
-    how, leads = checkpoint["preprocessing"], checkpoint["leads"]
     for record in tqdm(records, "predict", unit="record", disable=None if records[1:] else True):
         try:
-            signals = data.load_windows(record, how, leads)
+            signals = data.load_windows(record, checkpoint["preprocessing"], checkpoint["leads"])
         except InputError as error:
             unreadable.append(str(error))
             continue
@@ -536,16 +520,14 @@ def thresholds_of(checkpoint):
 
 def record_lines(checkpoint, prediction, top=5):
     """The most probable classes and all that reach their threshold, as lines to print."""
-    thresholds = thresholds_of(checkpoint)
-    prob, width = prediction.prob, max(map(len, [*checkpoint["classes"], "class"]))
+    classes, prob, limits = checkpoint["classes"], prediction.prob, thresholds_of(checkpoint)
+    width = max(map(len, [*classes, "class"]))
     lines = [f"{'class':{width}}  probability  threshold"]
     for rank, i in enumerate(np.argsort(-prob, kind="stable")):
-        above = prob[i] >= thresholds[i]
-        if rank >= top and not above:
-            continue
-        limit = digits(plain(thresholds[i]))
-        line = f"{checkpoint['classes'][i]:{width}}  {prob[i]:11.4f}  {limit:>9}"
-        lines.append(f"{line}  above" if above else line)
+        above = prob[i] >= limits[i]
+        if rank < top or above:
+            line = f"{classes[i]:{width}}  {prob[i]:11.4f}  {digits(plain(limits[i])):>9}"
+            lines.append(f"{line}  above" if above else line)
     if prediction.windows > 1:
         lines.append(f"mean of {prediction.windows} windows of 10 s")
     return lines
@@ -625,10 +607,9 @@ def check(args):
 
 def folds_of(args):
     """The folds asked for, 1 to 10. Raises InputError for others."""
-    asked = args.fold or [str(data.TEST_FOLD)]
-    if asked == ["all"]:
-        return list(range(1, 11))
-    wrong = [fold for fold in asked if fold not in map(str, range(1, 11))]
+    folds = list(map(str, range(1, 11)))
+    asked = folds if args.fold == ["all"] else args.fold or [str(data.TEST_FOLD)]
+    wrong = [fold for fold in asked if fold not in folds]
     if wrong:
         raise InputError(f"--fold {wrong[0]}: no such fold; wanted 1 to 10, or all by itself")
     return list(map(int, asked))
@@ -655,7 +636,7 @@ def parse(argv):
     add("--plot", metavar="FILE.png", help="with one --record: draw the ECG")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
-    return parser.parse_args(argv)
+    return parser.parse_args(argv), parser
 
 
 def run(args):
@@ -670,12 +651,12 @@ def run(args):
         if path.endswith(".npz"):
             models[path] = load_predictions(path)
             continue
-        found, left_out = predict_folds(path, folds, args.data, args.task, device,
-                                        args.skip_unreadable)
+        found, lines = predict_folds(path, folds, args.data, args.task, device,
+                                     args.skip_unreadable)
         models[path] = {k: v for k, v in found.items() if k != "features" or args.features}
         out = output_of(args, path)
-        data.write_atomically(out, lambda temporary: save_arrays(temporary, models[path]))
-        notes += [*left_out, f"{out}: predictions of {len(found['y_true']):,} records"]
+        data.write_atomically(out, lambda temporary: np.savez(temporary, **models[path]))
+        notes += [*lines, f"{out}: predictions of {len(found['y_true']):,} records"]
     names, models = names_of(args.models), [models[path] for path in args.models]
     if len(models) == 1:
         m = models[0]
@@ -689,11 +670,6 @@ def run(args):
     if args.json:
         write_json(args.json, result)
     return [*filter(None, notes), *lines]
-
-
-def save_arrays(path, arrays):
-    with open(path, "wb") as f:  # given a name, NumPy would add .npz to it
-        np.savez(f, **arrays)
 
 
 def run_records(args, device):
@@ -718,19 +694,16 @@ def run_records(args, device):
 
 
 def main(argv=None):
-    args = parse(argv)
+    args, parser = parse(argv)
     try:
         print("\n".join(run(args)))
     except (InputError, network.WeightsError, OSError) as error:
-        sys.stderr.write(f"evaluate.py: {data.line_of(error)}\n")
-        sys.exit(2)
+        parser.exit(2, f"evaluate.py: {data.line_of(error)}\n")
     except torch.OutOfMemoryError:
-        sys.stderr.write("evaluate.py: the GPU's memory is too small for one ECG; end other "
-                         "programs on it, or try --device cpu\n")
-        sys.exit(2)
+        parser.exit(2, "evaluate.py: the GPU's memory is too small for one ECG; end other "
+                       "programs on it, or try --device cpu\n")
     except KeyboardInterrupt:
-        sys.stderr.write("evaluate.py: interrupted; no file is half-written\n")
-        sys.exit(130)
+        parser.exit(130, "evaluate.py: interrupted; no file is half-written\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import math
 import os
-import sys
 import warnings
 
 import numpy as np
@@ -251,16 +250,13 @@ def read_checkpoint(path):
     if isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
         checkpoint = {"state_dict": checkpoint}
     state = checkpoint["state_dict"] if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not state or not all(map(is_plain, state.values())):
+    plain = isinstance(state, dict) and all(  # not sparse, quantized, nested, or without data
+        isinstance(v, torch.Tensor) and v.layout == torch.strided and v.device.type == "cpu"
+        and not v.is_quantized and not v.is_nested for v in state.values())
+    if not plain or not state:
         raise WeightsError(f"{path}: holds no `state_dict` of tensors; wanted the official .pth or "
                            "a checkpoint of post_train.py")
     return checkpoint
-
-
-def is_plain(value):
-    """Whether `value` is an ordinary tensor: not sparse, quantized, nested, or without data."""
-    return (isinstance(value, torch.Tensor) and value.layout == torch.strided
-            and value.device.type == "cpu" and not value.is_quantized and not value.is_nested)
 
 
 def load_pretrained(model, path, head=False, leads=None):
@@ -322,19 +318,14 @@ def load_state(model, found, path, head):
 
 def unused_keys(model):
     """The 305 BatchNorm keys that the official checkpoints hold and the network never applies."""
-    layers = ["first_bn"]
-    for name, module in model.named_modules():
-        if isinstance(module, Block):
-            layers += [f"{name}.bn1", f"{name}.bn2", f"{name}.bn3"]
+    layers = ["first_bn", *(f"{name}.bn{i}" for name, module in model.named_modules()
+                            if isinstance(module, Block) for i in (1, 2, 3))]
     return {f"{layer}.{key}" for layer in layers for key in nn.BatchNorm1d(1).state_dict()}
 
 
 def sha256(path):
     with open(path, "rb") as f:
-        digest = hashlib.sha256()
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.sha256(f.read()).hexdigest()
 
 
 def verify(path):
@@ -384,12 +375,11 @@ def download(path, url, digest=None):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--weights", metavar="FILE", help="verify this checkpoint")
-    parser.add_argument("--download", action="store_true",
-                        help="fetch the official weights to checkpoints/")
-    parser.add_argument("--leads", type=int, choices=(12, 1), default=12,
-                        help="number of leads of the release to fetch (default: 12)")
-    parser.add_argument("--url", help="where to fetch it from (default: Hugging Face)")
+    add = parser.add_argument
+    add("--weights", metavar="FILE", help="verify this checkpoint")
+    add("--download", action="store_true", help="fetch the official weights to checkpoints/")
+    add("--leads", type=int, choices=(12, 1), default=12, help="of the release (default: 12)")
+    add("--url", help="where to fetch it from (default: Hugging Face)")
     args = parser.parse_args(argv)
     if not args.download and not args.weights:
         parser.error("nothing to do; give --download or --weights FILE")
@@ -401,11 +391,9 @@ def main(argv=None):
         if args.weights:
             print("\n".join(verify(args.weights)))
     except (WeightsError, OSError) as error:
-        sys.stderr.write(f"model.py: {error}\n")
-        sys.exit(2)
+        parser.exit(2, f"model.py: {error}\n")
     except KeyboardInterrupt:
-        sys.stderr.write("model.py: interrupted; no file is half-written\n")
-        sys.exit(130)
+        parser.exit(130, "model.py: interrupted; no file is half-written\n")
 
 
 if __name__ == "__main__":

@@ -103,21 +103,14 @@ class Stage(NamedTuple):
     layer_decay: float = 1.0
 
 
-def preview_epochs(steps, finetuned):
-    """How many epochs of `steps` steps the probe has by default.
-
-    Few, as it is a preview: a head that fits the pretrained features closely leaves fine-tuning
-    little incentive to improve them (Ren et al. 2023).
-    """
-    return min(30, max(1, round(PREVIEW_STEPS / steps))) if finetuned else 30
-
-
 def stages_of(args, steps=1):
     """The two stages of a run with `steps` steps per epoch: RECIPE's values, or those of the
     command line."""
     v = {key: getattr(setting, args.strategy) for key, setting in RECIPE.items()} | vars(args)
+    # Few, as it is a preview: a head that fits the pretrained features closely leaves fine-tuning
+    # little incentive to improve them (Ren et al. 2023).
     if v["probe_epochs"] == PREVIEW:
-        v["probe_epochs"] = preview_epochs(steps, v["epochs"])
+        v["probe_epochs"] = min(30, max(1, round(PREVIEW_STEPS / steps))) if v["epochs"] else 30
     probe = {key: v[f"probe_{key}"] for key in Stage._fields if f"probe_{key}" in v}
     finetune = {key: v[key] for key in Stage._fields if key in v}
     return Stage("probe", **probe), Stage("finetune", **finetune)
@@ -127,22 +120,13 @@ def learning_rate(stage, progress, aurocs):
     """The learning rate at `progress` (0 to 1) through a stage whose finished epochs had these
     validation AUROCs. Stateless."""
     if stage.schedule == "plateau":
-        return stage.lr * 0.1 ** plateaus(aurocs)
+        optimizer = torch.optim.SGD([torch.zeros(1)], stage.lr)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=10)
+        for auroc in aurocs:
+            plateau.step(auroc)
+        return optimizer.param_groups[0]["lr"]
     final = min(stage.final_lr, stage.lr)
     return final + (stage.lr - final) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def plateaus(aurocs, patience=10, threshold=1e-4):
-    """How often torch's ReduceLROnPlateau(mode="max", patience=10) would have reduced the rate."""
-    best, waited, reductions = -math.inf, 0, 0
-    for value in aurocs:
-        if value > best * (1 + threshold):
-            best, waited = value, 0
-        else:
-            waited += 1
-        if waited > patience:
-            reductions, waited = reductions + 1, 0
-    return reductions
 
 
 def make_optimizer(stage, layers):
@@ -243,8 +227,11 @@ def train_epoch(net, optimizer, scaler, split, index, rates, clip=None, amp=None
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    skipped = int(torch.stack(norms).isfinite().logical_not().sum())
-    return float(across_ranks(torch.stack(losses).mean())), skipped
+    loss, skipped = torch.stack(losses).mean(), torch.stack(norms).isfinite().logical_not().sum()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return float(loss), int(skipped)
 
 
 def check_finite(losses, norms, scaled, start, steps):
@@ -255,13 +242,6 @@ def check_finite(losses, norms, scaled, start, steps):
         at = int((~good).nonzero()[0])
         raise NonFinite(f"the loss is {losses[at]:g} and the gradient norm {norms[at]:g} "
                         f"at step {start + at + 1} of {steps}")
-
-
-def across_ranks(value):
-    if dist.is_initialized():
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value
 
 
 def infer_all(function, split, device, amp):
@@ -381,7 +361,11 @@ def fit(run, stage, trained, layers, train_split, val_split, amp):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         torch.manual_seed(epoch_seed(args.seed, stage.name, epoch, 1 + run.rank))
-        index, rates = plan_epoch(run, stage, epoch, len(train_split.rows))
+        index = epoch_batches(len(train_split.rows), run.batch_size,
+                              epoch_seed(args.seed, stage.name, epoch), run.rank, run.world)
+        aurocs = [line["macro_auroc"] for line in run.history if line["stage"] == stage.name]
+        rates = [learning_rate(stage, (epoch + step / len(index)) / stage.epochs, aurocs)
+                 for step in range(len(index))]
         title = None if run.rank else f"{stage.name} {epoch + 1}/{stage.epochs}"
         loss, skipped = train_epoch(net, optimizer, scaler, train_split, index, rates, stage.clip,
                                     amp, title)
@@ -392,17 +376,11 @@ def fit(run, stage, trained, layers, train_split, val_split, amp):
             "seconds": time.perf_counter() - started, "ecgs_per_second": rate})
         if device.type == "cuda":
             run.history[-1]["peak_memory_mb"] = torch.cuda.max_memory_allocated(device) / 2**20
-        save_epoch(run, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        if run.rank == 0:  # last.pt first, so that --resume can restore the others from it
+            save(run, "last.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        save_best(run)
+        write_history(run)
         run.say(epoch_line(run.history[-1], stage.epochs, skipped))
-
-
-def plan_epoch(run, stage, epoch, n):
-    """This rank's batches of one epoch over n records, and the learning rate of each."""
-    order_seed = epoch_seed(run.args.seed, stage.name, epoch)
-    index = epoch_batches(n, run.batch_size, order_seed, run.rank, run.world)
-    aurocs = [line["macro_auroc"] for line in run.history if line["stage"] == stage.name]
-    return index, [learning_rate(stage, (epoch + step / len(index)) / stage.epochs, aurocs)
-                   for step in range(len(index))]
 
 
 def interpolate(run, val_split):
@@ -424,8 +402,7 @@ def interpolate(run, val_split):
                             "seconds": time.perf_counter() - started})
         save_best(run)
         run.say(f"interpolation {share:.2f}  {scores_of(run.history[-1])}")
-    if run.rank == 0:
-        write_history(run)
+    write_history(run)
 
 
 # ------------------------------------------------------------------------------------ a run's state
@@ -462,8 +439,7 @@ def begin(args, device, rank, world, described, train_split, n_val):
             f"{asked}, {weights}, {world} x {device}, amp {args.amp}, seed {args.seed}")
     if last:
         save_best(run)  # the run may have ended between last.pt and best.pt
-    if rank == 0:
-        write_history(run)
+    write_history(run)
     return run
 
 
@@ -483,10 +459,10 @@ def load_splits(args, device, world):
                          "in fold 9, so that it cannot select an epoch; wanted a `fold` column "
                          "that gives it both")
     train = data.subset(of_fold["folds 1-8"], args.frac, args.seed)
-    seen = trained_before(args)
-    notes = [*notes_on(labels, train, of_fold), *notes_on_weights(args, seen, labels, of_fold)]
-    if data.is_own(args.task):
-        notes.insert(0, f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
+    last = Path(args.out, "last.pt")
+    path = last if args.resume and last.exists() else Path(args.weights)
+    seen = network.read_checkpoint(path).get("trained_on", []) if path.is_file() else []
+    notes = notes_on(args, labels, train, of_fold, seen)
     digest, splits = hashlib.sha256(), []
     for index in (train, of_fold["fold 9"]):
         digest.update(repr(labels.ecg_id[index].tolist()).encode() + labels.y[index].tobytes())
@@ -498,9 +474,12 @@ def load_splits(args, device, world):
     return described, notes, *splits
 
 
-def notes_on(labels, train, of_fold):
-    """Warnings about the training records `train` and the three splits, as lines to print."""
+def notes_on(args, labels, train, of_fold, seen):
+    """What to know of the training records `train`, the three splits, and the records `seen` in
+    the training of the initial weights, as lines to print."""
     notes = []
+    if data.is_own(args.task):
+        notes.append(f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
     for name, index in (("training", train), ("validation", of_fold["fold 9"])):
         absent = [c for c, n in zip(labels.classes, labels.y[index].sum(0)) if not n]
         if absent:
@@ -511,23 +490,13 @@ def notes_on(labels, train, of_fold):
     if shared:
         notes.append(f"{len(shared)} patients are in more than one of training, validation and "
                      "test: the scores will be optimistic")
-    return notes
-
-
-def trained_before(args):
-    """The names of the records on which the initial (or resumed) weights were trained, as far as
-    the checkpoint says."""
-    last, weights = Path(args.out, "last.pt"), Path(args.weights)
-    path = last if args.resume and last.exists() else weights
-    return network.read_checkpoint(path).get("trained_on", []) if path.is_file() else []
-
-
-def notes_on_weights(args, seen, labels, of_fold):
-    """Warnings if the initial weights have seen validation or test patients, as lines."""
     trained = labels.of_patients(seen)
-    count = {name: trained[of_fold[name]].sum() for name in ("fold 9", "fold 10")}
-    return [f"{n:,} records of {name} are of patients in the training data of {args.weights}: "
-            "their scores will be optimistic" for name, n in count.items() if n]
+    for name in ("fold 9", "fold 10"):
+        n = trained[of_fold[name]].sum()
+        if n:
+            notes.append(f"{n:,} records of {name} are of patients in the training data of "
+                         f"{args.weights}: their scores will be optimistic")
+    return notes
 
 
 def on_device(split, device):
@@ -570,15 +539,6 @@ def check_same_run(args, last, described):
 
 # ---------------------------------------------------------------------------------------- its files
 
-def save_epoch(run, **state):
-    """Write the files of the history's last epoch: first last.pt, with the states of optimizer and
-    scaler, so that --resume can restore the others from it."""
-    if run.rank == 0:
-        save(run, "last.pt", **state)
-        save_best(run)
-        write_history(run)
-
-
 def save_best(run):
     """Write best.pt, probe.pt, or without fine-tuning both, if the history's last line, whose
     weights the model holds, is the best so far."""
@@ -593,12 +553,15 @@ def save_best(run):
 def save(run, name, **state):
     """Write a self-contained checkpoint of tensors and plain data. The last line of its history
     describes its weights; for an interpolation, it says the share."""
+    import scipy
+    import wfdb
     args, line = run.args, run.history[-1]
     checkpoint = {
         "layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": run.model.state_dict(),
         "task": args.task, **run.described, "preprocessing": args.preprocess, "data": args.data,
         "args": dict(vars(args)), "stage": line["stage"], "epoch": line["epoch"],
-        "history": run.history, "versions": versions(), **state}
+        "versions": {m.__name__: str(m.__version__) for m in (torch, np, scipy, wfdb)},
+        "history": run.history, **state}
     write_checkpoint(Path(args.out, name), checkpoint)
 
 
@@ -614,17 +577,11 @@ def write_checkpoint(path, checkpoint):
     data.write_atomically(path, write)
 
 
-def versions():
-    import scipy
-    import wfdb
-    found = {module.__name__: module.__version__ for module in (np, scipy, wfdb)}
-    return {"torch": str(torch.__version__), **found}
-
-
 def write_history(run):
     """Rewrite metrics.jsonl from the history, so that no kill leaves a partial or repeated line."""
     lines = "".join(json.dumps(line) + "\n" for line in run.history)
-    data.write_atomically(Path(run.args.out, "metrics.jsonl"), lambda path: path.write_text(lines))
+    if run.rank == 0:
+        data.write_atomically(Path(run.args.out, "metrics.jsonl"), lambda p: p.write_text(lines))
 
 
 def epoch_line(line, epochs, skipped):
@@ -671,9 +628,8 @@ def parse(argv):
     add("--compile", action="store_true", help="torch.compile the network for fine-tuning")
     add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
     args = parser.parse_args(argv)
-    for key, setting in RECIPE.items():
-        if setting.help:
-            setattr(args, key, getattr(args, key, getattr(setting, args.strategy)))
+    defaults = {key: getattr(s, args.strategy) for key, s in RECIPE.items() if s.help}
+    args = argparse.Namespace(**defaults | vars(args))
     name = f"{Path(args.task).stem}-frac{args.frac:g}-{args.strategy}-seed{args.seed}"
     args.out = args.out or f"runs/{name}"
     return args
@@ -751,9 +707,8 @@ def post_train(args):
     except OSError as error:
         raise InputError(f"{data.line_of(error)}; give another --out") from None
     # The cache is built before the process group: it may take longer than the group's timeout.
-    cache = data.build_cache(args.data, args.task, args.preprocess, args.leads,
-                             skip_unreadable=args.skip_unreadable)
-    left_out = cache.left_out()
+    left_out = data.build_cache(args.data, args.task, args.preprocess, args.leads,
+                                skip_unreadable=args.skip_unreadable).left_out()
     if rank == 0 and left_out:
         print(left_out)
     busy = "another process is training there; wait for it, or give another --out"
@@ -765,16 +720,15 @@ def post_train(args):
 
 def train_in_group(args, device, rank, world):
     """`train`, in a process group where there are several processes."""
-    if world == 1:
-        train(args, device, rank, world)
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train(args, device, rank, world)
-    # While a rank waits here, Gloo's threads release the last tensors. In torch 2.6 they cannot do
-    # so during destroy_process_group, which waits for them and holds the GIL
-    # (pytorch/pytorch#154976).
-    dist.barrier()
-    dist.destroy_process_group()
+    if world > 1:
+        # While a rank waits here, Gloo's threads release the last tensors. In torch 2.6 they cannot
+        # do so during destroy_process_group, which waits for them and holds the GIL
+        # (pytorch/pytorch#154976).
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def finish(args, device):

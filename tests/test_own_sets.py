@@ -1,4 +1,5 @@
 """Sets of one's own: tables, fewer leads, other sets, thresholds, long records, features."""
+import argparse
 import hashlib
 import json
 import re
@@ -126,7 +127,9 @@ def test_only_patients_in_training_are_shared(clinic):
     labels.patient_id[[0, 39]] = "both"
     of_fold = {name: np.flatnonzero(np.isin(labels.fold, folds)) for name, folds in (
         ("folds 1-8", range(1, 9)), ("fold 9", [9]), ("fold 10", [10]))}
-    whole, part = (post_train.notes_on(labels, of_fold["folds 1-8"][i:], of_fold) for i in (0, 1))
+    args = argparse.Namespace(task="clinic.csv", weights="none")
+    whole, part = (post_train.notes_on(args, labels, of_fold["folds 1-8"][i:], of_fold, [])
+                   for i in (0, 1))
     assert [note[:10] for note in whole if "patients" in note] == ["1 patients"]
     assert not [note for note in part if "patients" in note]
 

@@ -149,7 +149,8 @@ def test_plateau_is_torchs(seed):
         reference.step(auroc)
     assert rate < 1e-4  # it did come down
     flat = [0.9] * 12  # no improvement
-    assert [post_train.plateaus(flat[:n]) for n in (11, 12)] == [0, 1]
+    rates = [post_train.learning_rate(BASELINE, 0, flat[:n]) for n in (11, 12)]
+    assert rates == pytest.approx([1e-4, 1e-5])
 
 
 def test_optimizers():

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -25,25 +26,19 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "real: needs real PTB-XL records, in the folder PTBXL_DIR")
 
 
-def pytest_collection_modifyitems(config, items):
-    no_gpu = pytest.mark.skip(reason="no CUDA device on this machine")
-    no_data = pytest.mark.skip(reason="PTBXL_DIR does not name a folder with real PTB-XL records")
-    for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(no_gpu)
-        if "real" in item.keywords and not os.environ.get("PTBXL_DIR"):
-            item.add_marker(no_data)
-
-
 @pytest.fixture(autouse=True)
 def on_the_cpu(request, monkeypatch):
     """What is no test of the GPU runs on the CPU on a machine with a GPU, too."""
     if "gpu" not in request.keywords:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    elif not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
 
 
 @pytest.fixture(scope="session")
 def real():
+    if not os.environ.get("PTBXL_DIR"):
+        pytest.skip("PTBXL_DIR does not name a folder with real PTB-XL records")
     return Path(os.environ["PTBXL_DIR"])
 
 
@@ -61,8 +56,13 @@ def demo_set(tmp_path_factory):
 @pytest.fixture
 def demo(demo_set, tmp_path):
     """A copy of the demo set that a test may change."""
-    import shutil
     return Path(shutil.copytree(demo_set, tmp_path / "demo"))
+
+
+@pytest.fixture
+def uncached(demo):
+    shutil.rmtree(demo / "cache")
+    return demo
 
 
 @pytest.fixture
@@ -72,15 +72,29 @@ def tiny(monkeypatch):
     small.shrink(monkeypatch.setattr)
 
 
+@pytest.fixture(scope="session")
+def undisturbed(demo_set, tmp_path_factory):
+    """A finished run's folder, not to be written to; beside it, in states/, what kills leave."""
+    import post_train
+    import tiny as small
+    from helpers import arguments, prefer_the_middle, states_kept
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as m, states_kept(out, out.parent / "states", "replace"):
+        small.shrink(m.setattr)
+        prefer_the_middle(m)
+        post_train.main(arguments(demo_set, out))
+    return out
+
+
 @pytest.fixture
 def fails(capsys):
-    """Call a script's main; expect exit status 2 and one line to a person with all of `words`."""
-    def call(main, argv, *words):
+    """Call a script's main; expect its exit status and one line to a person with all of `words`."""
+    def call(main, argv, *words, status=2):
         with pytest.raises(SystemExit) as stop:
             main([str(a) for a in argv])
         lines = capsys.readouterr().err.strip().splitlines()
         lines = [line for line in lines if "%|" not in line]  # no progress bars
-        assert stop.value.code == 2 and len(lines) == 1 and "Traceback" not in lines[0], lines
+        assert stop.value.code == status and len(lines) == 1 and "Traceback" not in lines[0], lines
         assert all(str(word) in lines[0] for word in words), lines[0]
         return lines[0]
     return call
@@ -88,5 +102,4 @@ def fails(capsys):
 
 @pytest.fixture(scope="session")
 def golden():
-    return {name: json.loads((TESTS / "golden" / f"{name}.json").read_text())
-            for name in ("model_logits", "preprocess")}
+    return {path.stem: json.loads(path.read_text()) for path in TESTS.glob("golden/*.json")}

@@ -39,10 +39,10 @@ def start(*words, largest_file=None, kill_at=None):
     return process, errors
 
 
-def end(process, errors):
-    """(exit status, lines of stderr) when the process and its workers, which hold stderr too, have
-    ended."""
-    text = b""
+def end(started, status=0):
+    """Lines of stderr when the process and its workers, which hold stderr too, have ended; its exit
+    status must be this."""
+    (process, errors), text = started, b""
     try:
         while errors.poll(PATIENCE):
             part = os.read(errors.fileno(), 2**16)
@@ -55,7 +55,9 @@ def end(process, errors):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     process.join()
-    return process.exitcode, text.decode().splitlines()
+    lines = text.decode().splitlines()
+    assert process.exitcode == status, (process.exitcode, lines)
+    return lines
 
 
 def script(errors, words, largest_file, kill_at):

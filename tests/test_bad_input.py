@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import zipfile
+from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -272,12 +273,13 @@ OPTIONS = {     # script: {options: what the line names}
         "--out weights.pth": "weights.pth, --out", "--out /proc/run": "/proc/run, --out",
     },
     RESUME: {
-        "--lr 0.01 --seed 4": "--lr, 0.0005, 0.01, --seed, 4, another --out",
+        "--lr 0.01 --seed 4": "--lr was 0.0005, now 0.01, --seed was 0, now 4, another --out",
         "--task form19 --leads II": "--task, all71, form19, --leads, 'II', another --out",
     },
     BUILD: {
         "--workers 0": "--workers, is 0, at least 1", "--leads X": "--leads, 'X', wanted",
         "--download --url 'http://host/a b'": "http://host/a b, --url",
+        f"--data nowhere --task {TABLE}": "nowhere: no such folder, --data",
     },
     VERIFY: {"--download --url http://127.0.0.1:9/x": "127.0.0.1:9, --url"},
     EVALUATE: {
@@ -338,8 +340,6 @@ def test_bad_input(world, fails, script, options, spoil, words):
 # -------------------------------------------------------------------------------------- what works
 
 WORKS = [       # (script, options, what is unusual, what is printed)
-    (BUILD, "--skip-unreadable", DAT.unlink, f"{RECORDS - 1} records"),
-    (BUILD, "--leads I,II", record(SIGNAL[:2], NAMES[:2]), f"{RECORDS} records"),
     (TRAIN, "--batch-size 4096", nothing, "(not 4096)"),
     (TRAIN, "--frac 0.1", nothing, "2 records to train"),
     (CUT, "--task form19", nothing, f"8 records to train and 2 to validate on, batch 8, {BEST}"),
@@ -347,7 +347,6 @@ WORKS = [       # (script, options, what is unusual, what is printed)
     (START, "", lambda: torch.save(torch.load(WEIGHTS)["state_dict"], WEIGHTS), f", {WEIGHTS}, "),
     (START, "--leads II,V1", resaved(WEIGHTS, {STEM: torch.zeros(16, 2, 16)}), f", {WEIGHTS}, "),
     (RESUME._replace(without=NPZ), "", nothing, "run: this run is finished"),
-    (OWN, "", cell("other", "1.0", table=TABLE), "own.csv, 19 records to train"),
     (EVALUATE, "", resaved(BEST, classes=lambda old: ["0AVB", *old[1:]]),
      f"classes left out: 1AVB of all71; 0AVB of {BEST}"),
     (SCORE, "", predictions(ecg_id=None, patient_id=None), "2 records "),
@@ -388,10 +387,8 @@ def tricks(canary):
 
 def test_the_tricks_work_where_nothing_guards(tmp_path):
     for trick in tricks(tmp_path / "canary"):
-        try:
+        with suppress(Exception):
             pickle.loads(pickle.dumps(trick))
-        except Exception:
-            pass
         (tmp_path / "canary").rmdir()
 
 

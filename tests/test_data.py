@@ -1,7 +1,6 @@
 """Labels, records, preprocessing, the cache, the Dataset and the download, on made-up and (where
 there are) real records."""
 import ast
-import csv
 import io
 import json
 import os
@@ -9,8 +8,9 @@ import re
 import shutil
 import signal
 import zipfile
-from collections import namedtuple
 from hashlib import sha256
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import data
-from helpers import states_kept, write_record
+from helpers import content, read_csv, states_kept, write_record
 from make_demo import NAMES, make_demo
 
 RATES = [100, 250, 257, 360, 1000]
@@ -63,23 +63,18 @@ def test_subset_is_nested_and_of_the_right_size(n, a, b, seed):
 # ------------------------------------------------------------------------------------------ records
 
 @pytest.mark.parametrize("units, factor, gain", [
-    ("mV", 1, 1000), ("uV", 1e3, 1), ("V", 1e-3, 1e6), ("MV", 1, 1000), ("nV", 1e6, 1e-3)])
+    (b"mV", 1, 1000), (b"V", 1e-3, 1e6), (b"MV", 1, 1000), (b"nV", 1e6, 1e-3),
+    *((units, 1e3, 1) for units in (b"uV", "µV".encode(), "μV".encode(), "µV".encode("latin-1")))])
 def test_leads_are_found_by_name_and_converted(tmp_path, units, factor, gain):
     order = np.random.default_rng(1).permutation(12)
     names = [NAMES[i].lower() if i % 2 else NAMES[i] for i in order] + ["vx", "vy", "vz"]
     leads = np.vstack([SIGNAL[order], SIGNAL[:3] + 0.1]) * factor
-    path = write_record(tmp_path / "r", leads, names, fs=400, units=units, gain=gain)
+    path = write_record(tmp_path / "r", leads, names, fs=400, gain=gain)
+    header = path.with_suffix(".hea")
+    header.write_bytes(header.read_bytes().replace(b"/mV", b"/" + units))
     signal, fs = data.read_record(path)
     assert fs == 400 and signal.dtype == np.float32
     np.testing.assert_allclose(signal, SIGNAL, atol=2e-6)
-
-
-@pytest.mark.parametrize("letter", ["µ".encode(), "μ".encode(), "µ".encode("latin-1")])
-def test_microvolts_with_a_greek_letter(tmp_path, letter):
-    path = write_record(tmp_path / "r", SIGNAL * 1e3, NAMES, units="uV", gain=1)
-    header = path.with_suffix(".hea")
-    header.write_bytes(header.read_bytes().replace(b"/uV", b"/" + letter + b"V"))
-    np.testing.assert_allclose(data.read_record(path)[0], SIGNAL, atol=2e-6)
 
 
 # ------------------------------------------------------------------------------------ preprocessing
@@ -202,36 +197,17 @@ def test_what_is_too_short_or_no_signal(signal, fs, words):
 
 # -------------------------------------------------------------------------------------------- cache
 
-def content(root):
-    """Name -> bytes of the cache's files; the names without the digest of what they hold."""
-    paths = [p for p in sorted((root / "cache").iterdir()) if p.name != ".lock"]
-    return {re.sub("-[0-9a-f]{8}", "", p.name): p.read_bytes() for p in paths}
-
-
 @pytest.fixture(scope="module")
 def whole(demo_set):
-    return content(demo_set)
-
-
-@pytest.fixture
-def uncached(demo):
-    shutil.rmtree(demo / "cache")
-    return demo
-
-
-class Reads(list):
-    stop = None
+    return content(demo_set / "cache")
 
 
 @pytest.fixture
 def reads(monkeypatch, demo_set):
-    """The paths of the records that are read, for speed out of a cache that is there; at
-    `reads.stop` of them comes Ctrl-C."""
-    signals, paths = np.load(data.find_cache(demo_set)[0].array, mmap_mode="r"), Reads()
+    """The paths of the records that are read, for speed out of a cache that is there."""
+    signals, paths = np.load(data.find_cache(demo_set)[0].array, mmap_mode="r"), []
 
     def load(path, how, leads, windows):
-        if len(paths) == paths.stop:
-            raise KeyboardInterrupt
         paths.append(path)
         return signals[int(path.name[:5]) - 1][None]
 
@@ -240,15 +216,13 @@ def reads(monkeypatch, demo_set):
 
 
 @pytest.fixture
-def interrupted(uncached, reads):
+def interrupted(uncached, reads, monkeypatch, fails):
     """A build that Ctrl-C ended in its second chunk, some rows of which are torn."""
-    reads.stop = 40
-    with pytest.raises(SystemExit) as stop:
-        data.main(["--data", str(uncached), "--workers", "1"])
-    assert stop.value.code == 130
+    with monkeypatch.context() as m:  # the plan, the first chunk and the second go to the disk
+        m.setattr(os, "fsync", Mock(side_effect=[None, None, KeyboardInterrupt]))
+        fails(data.main, ["--data", uncached, "--workers", 1], "resumes", status=130)
     np.load(data.find_cache(uncached)[0].part, mmap_mode="r+")[40:50, 3:] = 7
     reads.clear()
-    reads.stop = None
     return uncached
 
 
@@ -257,8 +231,9 @@ def test_a_cache_holds_every_record(uncached, whole, how, capsys):
     """Built by two workers; that of the demo set was by one."""
     data.main(["--data", str(uncached), "--preprocess", how, "--workers", "2"])
     assert "60 records" in capsys.readouterr().out
-    found = content(uncached)
-    assert list(found) == [f"{how}.json", f"{how}.marks.npy", f"{how}.npy"]
+    found = content(uncached / "cache")
+    names = [re.sub("-[0-9a-f]{8}", "", name) for name in sorted(found)]
+    assert names == [f"{how}.json", f"{how}.marks.npy", f"{how}.npy"]
     assert how != "filter" or found == whole
     labels, signals = data.load_records(uncached, "all71", how)
     assert labels.ecg_id.tolist() == (labels.row + 1).tolist() == list(range(1, 61))
@@ -266,7 +241,7 @@ def test_a_cache_holds_every_record(uncached, whole, how, capsys):
     paths = sorted(path.with_suffix("") for path in uncached.rglob("*_hr.hea"))
     want = np.stack([data.preprocess(*data.read_record(path), how) for path in paths])
     assert np.array_equal(signals, want.astype(np.float16))
-    plan = json.loads(found[f"{how}.json"])
+    plan = json.loads(found[min(found)])
     assert plan["ecg_ids"] == list(range(1, 61)) and plan["preprocessing"] == how
     assert plan["leads"] == list(data.LEADS) and plan["records"][0] == "records500/00000/00001_hr"
 
@@ -278,14 +253,14 @@ def npy(array):
 
 
 DAMAGE = {
-    "array truncated": ("npy", lambda b: b[:len(b) // 2]),
-    "array empty": ("npy", lambda b: b""),
-    "no array": ("npy", lambda b: b"junk" * 99),
-    "array of another shape": ("npy", lambda b: npy(np.zeros((3, 12, 5000), np.float16))),
-    "float32": ("npy", lambda b: npy(np.zeros((60, 12, 5000), np.float32))),
-    "marks truncated": ("marks.npy", lambda b: b[:-1]),
-    "marks empty": ("marks.npy", lambda b: b""),
-    "marks of fewer records": ("marks.npy", lambda b: npy(np.ones(59, bool))),
+    "array truncated": ("array", lambda b: b[:len(b) // 2]),
+    "array empty": ("array", lambda b: b""),
+    "no array": ("array", lambda b: b"junk" * 99),
+    "array of another shape": ("array", lambda b: npy(np.zeros((3, 12, 5000), np.float16))),
+    "float32": ("array", lambda b: npy(np.zeros((60, 12, 5000), np.float32))),
+    "marks truncated": ("marks", lambda b: b[:-1]),
+    "marks empty": ("marks", lambda b: b""),
+    "marks of fewer records": ("marks", lambda b: npy(np.ones(59, bool))),
 }
 
 
@@ -293,18 +268,16 @@ DAMAGE = {
 @pytest.mark.parametrize("state", ["demo", "interrupted"])
 def test_a_damaged_cache_is_built_again(request, reads, whole, state, damage):
     """As a power failure may leave it, finished or half built."""
-    root, (end, change) = request.getfixturevalue(state), DAMAGE[damage]
-    cache, _ = data.find_cache(root)
-    path = cache.marks if end == "marks.npy" else cache.array
-    if state == "interrupted" and end == "npy":
-        path = cache.part
+    root, (name, change) = request.getfixturevalue(state), DAMAGE[damage]
+    name = "part" if (state, name) == ("interrupted", "array") else name
+    path = getattr(data.find_cache(root)[0], name)
     before = path.read_bytes()
     path.write_bytes(change(before))
     assert path.read_bytes() != before
     with pytest.raises(data.InputError, match="filter-.*npy: .*`python data.py"):
         data.load_records(root, "all71")
     data.build_cache(root, workers=1)
-    assert content(root) == whole and len(reads) == 60
+    assert content(root / "cache") == whole and len(reads) == 60
 
 
 def test_killed_at_any_moment_and_built_again(uncached, reads, whole, tmp_path):
@@ -324,7 +297,7 @@ def test_killed_at_any_moment_and_built_again(uncached, reads, whole, tmp_path):
             np.load(cache.part, mmap_mode="r+")[~marks, 3:] = 7  # rows half written
         reads.clear()
         data.build_cache(root, workers=1)
-        assert content(root) == whole and len(reads) == 60 - (found[-1][0] if left else 0)
+        assert content(root / "cache") == whole and len(reads) == 60 - (found[-1][0] if left else 0)
     assert found == [(0, 32), (32, 60), (60, 60)] and len(states) == 2 + 3  # two: of the plan
 
 
@@ -333,20 +306,15 @@ def test_a_killed_worker_ends_the_build(uncached, monkeypatch, fails, whole):
         m.setattr(data, "load_windows", lambda *a: os.kill(os.getpid(), signal.SIGKILL))
         fails(data.main, ["--data", uncached, "--workers", 2], "worker", "killed", "--workers")
     data.build_cache(uncached, workers=2)
-    assert content(uncached) == whole
+    assert content(uncached / "cache") == whole
 
 
 def test_a_full_disk_is_said_before_the_work(uncached, reads, monkeypatch, fails):
-    asked, size = [], 60 * 12 * 5000 * 2
-
-    def disk_usage(path):
-        asked.append(path)
-        return namedtuple("Usage", "total used free")(10**9, 10**9 - size, size - 1)
-
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    asked, usage = [], SimpleNamespace(free=60 * 12 * 5000 * 2 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
     words = ("filter-", "no space left", "0.0072 GB", "make room")
     fails(data.main, ["--data", uncached], *words)
-    assert asked == [uncached / "cache"] and not reads and not content(uncached)
+    assert asked == [uncached / "cache"] and not reads and not content(uncached / "cache")
 
 
 def test_unreadable_records(uncached, whole, fails, capsys, monkeypatch):
@@ -360,8 +328,7 @@ def test_unreadable_records(uncached, whole, fails, capsys, monkeypatch):
                                cache.unreadable, "--skip-unreadable")
     fail("--workers", 2)
     assert not cache.array.exists()
-    with open(cache.unreadable) as f:
-        rows = list(csv.DictReader(f))
+    rows = read_csv(cache.unreadable)
     assert [(row["ecg_id"], row["record"][-8:]) for row in rows] == [
         ("3", "00003_hr"), ("5", "00005_hr"), ("7", "00007_hr"), ("9", "00009_hr")]
     assert all(row["record"] in row["reason"] for row in rows)
@@ -372,10 +339,10 @@ def test_unreadable_records(uncached, whole, fails, capsys, monkeypatch):
     assert len(labels.y) == 56 and labels.row[labels.ecg_id == 4] == 3
     assert set(range(1, 61)) - set(labels.ecg_id.tolist()) == {3, 5, 7, 9}
     assert len(data.ECGDataset(uncached, "all71", range(1, 11))) == 56
-    before = content(uncached)
+    before = content(uncached / "cache")
     data.build_cache(uncached, skip_unreadable=True)
     fail()
-    assert content(uncached) == before  # what others use by now is left alone
+    assert content(uncached / "cache") == before  # what others use by now is left alone
 
     for name in names:  # fetched again
         (folder / name).write_bytes(old[name])
@@ -383,7 +350,7 @@ def test_unreadable_records(uncached, whole, fails, capsys, monkeypatch):
     monkeypatch.setattr(data, "read_record", lambda *a: read.append(a[0]) or read_record(*a))
     data.main(["--data", str(uncached), "--workers", "1"])
     assert [path.name[4] for path in read] == ["3", "5", "7", "9"]  # no row of others is touched
-    assert content(uncached) == whole and signals[2].any()  # the same file
+    assert content(uncached / "cache") == whole and signals[2].any()  # the same file
 
 
 def test_an_up_to_date_cache_is_used_as_it_is(demo, reads, capsys):
@@ -453,19 +420,17 @@ def test_download(mirror, tmp_path, capsys):
     assert changed == {RECORD, "SHA256SUMS.txt"} and have[RECORD].read_bytes() == files[RECORD]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no zip", "other bytes", "a file lacking"])
-def test_a_bad_zip_is_named_and_fetched_again(mirror, tmp_path, fails, damage):
+@pytest.mark.parametrize("culprit, damage", [
+    ("", lambda path, files: os.truncate(path, path.stat().st_size // 2)),
+    ("", lambda path, files: path.write_bytes(b"<html>")),
+    (RECORD, lambda path, files: pack(path, files | {RECORD: b"other"})),
+    (RECORD, lambda path, files: pack(path, {k: v for k, v in files.items() if k != RECORD}))])
+def test_a_bad_zip_is_named_and_fetched_again(mirror, tmp_path, fails, culprit, damage):
     url, path, files = mirror
     root, good = tmp_path / "got", path.read_bytes()
-    lacking = {name: content for name, content in files.items() if name != RECORD}
-    if damage in ("truncated", "no zip"):
-        path.write_bytes({"truncated": good[:len(good) // 2], "no zip": b"<html>"}[damage])
-        culprit = url
-    else:
-        pack(path, {"a file lacking": lacking, "other bytes": {**files, RECORD: b"other"}}[damage])
-        culprit = RECORD
+    damage(path, files)
     argv = ["--download", "--url", url, "--data", str(root)]
-    fails(data.main, argv, culprit, "run the same command again")
+    fails(data.main, argv, culprit or url, "run the same command again")
     assert not any((root / name).exists() for name in (RECORD, "SHA256SUMS.txt", "ptb-xl.zip"))
     path.write_bytes(good)
     data.main(argv)

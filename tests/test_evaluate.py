@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 import data
 import evaluate
-import model as network
-import post_train
-import tiny as small
-from helpers import arguments
+from helpers import by_sklearn, predicted, write_csv
 
 
 @st.composite
@@ -24,16 +20,6 @@ def scored(draw):
     y = rng.random((n, classes)) < draw(st.floats(0, 1))
     prob = np.round(rng.random((n, classes)), draw(st.integers(0, 3)))
     return y.astype(int), prob, np.where(rng.random(n) < 0.2, 0, rng.exponential(size=n))
-
-
-def by_sklearn(y, prob, weight=None):
-    """Scores (2, L), NaN for classes without weight on either side."""
-    scores, w = np.full((2, y.shape[1]), np.nan), np.ones(len(y)) if weight is None else weight
-    for c in range(y.shape[1]):
-        if w[y[:, c] == 1].sum() > 0 and w[y[:, c] == 0].sum() > 0:
-            scores[0, c] = roc_auc_score(y[:, c], prob[:, c], sample_weight=weight)
-            scores[1, c] = average_precision_score(y[:, c], prob[:, c], sample_weight=weight)
-    return scores
 
 
 def made_up(n, classes, seed=0, prevalence=0.05):
@@ -139,29 +125,18 @@ def test_intervals_hold_the_true_score():
 
 # ------------------------------------------------------------------------------- a checkpoint
 
-@pytest.fixture(scope="module")
-def trained(demo_set, tmp_path_factory):
-    """The folder of a run of the small network."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        small.shrink(patch.setattr)
-        post_train.main(arguments(demo_set, out, "--epochs", 1))
-    return out
-
-
 @pytest.fixture
-def checkpoint(tiny, trained, tmp_path):
-    """best.pt in a copy of that folder."""
-    return shutil.copytree(trained, tmp_path / "run") / "best.pt"
+def checkpoint(tiny, undisturbed, tmp_path):
+    """best.pt in a copy of a finished run's folder."""
+    return shutil.copytree(undisturbed, tmp_path / "run") / "best.pt"
 
 
 def test_other_folds_go_to_a_file_of_their_own(checkpoint, demo_set, tmp_path, capsys):
     """And records that trained the model are said, wherever and in whatever table they stand."""
     labels, other = data.load_labels(demo_set, "rhythm12"), tmp_path / "set"
     shutil.copytree(demo_set, other)
-    table = tmp_path / "own.csv"
-    rows = [f"{name},{y}\n" for name, y in zip(labels.record, labels.y[:, 0])]
-    table.write_text(f"record,{labels.classes[0]}\n{''.join(rows)}")
+    table, rows = tmp_path / "own.csv", zip(labels.record, labels.y[:, 0])
+    write_csv(table, [{"record": name, labels.classes[0]: y} for name, y in rows])
     dealt = data.load_labels(demo_set, table).fold == 10  # anew
     own, folder = ["--task", str(table), "--data", str(other)], checkpoint.parent
     for more, n in ((["--fold", "1", "--task", "all71"], (labels.fold == 1).sum()),
@@ -186,12 +161,9 @@ def test_a_checkpoint_alone_is_enough(checkpoint, demo_set, tmp_path, capsys):
     assert z["ecg_id"].tolist() == labels.ecg_id[labels.fold == 10].tolist()
     assert z["classes"].tolist() == labels.classes
     # Once more from the recordings, without the project's cache, batches or metric.
-    model = network.ecgfounder(12).eval()
-    model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     paths = [demo_set / f"records500/00000/{i:05d}_hr" for i in z["ecg_id"]]
     x = np.stack([data.preprocess(*data.read_record(path)) for path in paths])
-    with torch.no_grad():
-        prob = torch.sigmoid(model(torch.from_numpy(x))).numpy()
+    prob = predicted(checkpoint, x)
     np.testing.assert_allclose(z["y_prob"], prob, atol=2e-3)  # the cache is float16
     want = np.nanmean(by_sklearn(z["y_true"], z["y_prob"]), axis=1)
     low, high = scores["macro_auroc_ci"]

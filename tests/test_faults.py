@@ -14,17 +14,8 @@ import pytest
 import data
 import model as network
 import post_train
-from helpers import arguments, assert_same_run, temporaries
+from helpers import arguments, assert_same_run, content, temporaries
 from processes import end, start
-
-
-def run(*words):
-    status, errors = end(*start(*words))
-    assert status == 0, errors
-
-
-def content(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
 
 
 # ----------------------------------------------------------------------------- kills and interrupts
@@ -32,25 +23,23 @@ def content(folder):
 @pytest.fixture(scope="module")
 def undisturbed(demo_set, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    run("post_train.py", *arguments(demo_set, out))
+    end(start("post_train.py", *arguments(demo_set, out)))
     return out
 
 
-def test_a_killed_build_and_its_workers_end(demo, demo_set):
+def test_a_killed_build_and_its_workers_end(uncached, demo_set):
     """By SIGKILL, after the bytes of a chunk and before its marks."""
-    shutil.rmtree(demo / "cache")
-    words = "data.py", "--data", demo, "--workers", 2
-    status, errors = end(*start(*words, kill_at=2))
-    assert status == -signal.SIGKILL, errors
-    assert not np.load(data.find_cache(demo)[0].marks).any()
-    run(*words)
-    assert content(demo / "cache") == content(demo_set / "cache")
+    words = "data.py", "--data", uncached, "--workers", 2
+    end(start(*words, kill_at=2), -signal.SIGKILL)
+    assert not np.load(data.find_cache(uncached)[0].marks).any()
+    end(start(*words))
+    assert content(uncached / "cache") == content(demo_set / "cache")
 
 
 @pytest.mark.parametrize("number, training, kept", [
     (1, False, None), (3, True, ("probe", 2)), (6, False, ("probe", 2)),
     (7, True, ("finetune", 1))], ids=["features", "first step", "validation", "later epoch"])
-def test_ctrl_c_ends_the_run_within_a_step(tiny, demo_set, tmp_path, monkeypatch, capsys, number,
+def test_ctrl_c_ends_the_run_within_a_step(tiny, demo_set, tmp_path, monkeypatch, fails, number,
                                            training, kept):
     """Pressed during a pass of the network; kept: the epoch of last.pt."""
     passes, forward = [], network.ECGFounder.forward_features
@@ -62,10 +51,7 @@ def test_ctrl_c_ends_the_run_within_a_step(tiny, demo_set, tmp_path, monkeypatch
         return forward(self, x)
 
     monkeypatch.setattr(network.ECGFounder, "forward_features", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        post_train.main(arguments(demo_set, tmp_path))
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 130 and "--resume" in error and "Traceback" not in error
+    fails(post_train.main, arguments(demo_set, tmp_path), "--resume", status=130)
     assert len(passes) == number and passes[-1] is training and not temporaries(tmp_path)
     last = [network.read_checkpoint(path) for path in tmp_path.glob("last.pt")]
     assert [(c["stage"], c["epoch"]) for c in last] == [kept] * (kept is not None)
@@ -75,9 +61,9 @@ def test_ctrl_c_ends_the_run_within_a_step(tiny, demo_set, tmp_path, monkeypatch
 
 def error_where_files_cannot_grow(limit, *words):
     """Run a script where no file can have more than `limit` bytes, as on a full disk."""
-    status, errors = end(*start(*words, largest_file=limit))
+    errors = end(start(*words, largest_file=limit), 2)
     lines = [line for line in errors if line and "%|" not in line]
-    assert status == 2 and len(lines) == 1 and "make room" in lines[0], errors
+    assert len(lines) == 1 and "make room" in lines[0], errors
     return lines[0]
 
 
@@ -85,13 +71,13 @@ def test_kills_and_a_full_disk_keep_the_checkpoints(demo_set, undisturbed, tmp_p
     """SIGKILL in fine-tuning and early in what goes on, then no room for last.pt."""
     words = "post_train.py", *arguments(demo_set, tmp_path)
     for kill_at, more in ((9, []), (3, ["--resume"])):
-        status, errors = end(*start(*words, *more, kill_at=kill_at))
-        assert status == -signal.SIGKILL and temporaries(tmp_path), errors
+        end(start(*words, *more, kill_at=kill_at), -signal.SIGKILL)
+        assert temporaries(tmp_path)
     limit = (undisturbed / "last.pt").stat().st_size - 1000
     error = error_where_files_cannot_grow(limit, *words, "--resume")
     assert "last.pt: cannot be written" in error and "--resume" in error
     assert network.read_checkpoint(tmp_path / "last.pt")["stage"] == "finetune"
-    run(*words, "--resume")
+    end(start(*words, "--resume"))
     assert_same_run(tmp_path, undisturbed)
     assert not temporaries(tmp_path)
 
@@ -123,21 +109,17 @@ def test_a_disk_that_fills_up_keeps_what_is_cached(demo, demo_set, monkeypatch, 
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-# --------------------------------------------------------------------------------------------- load
-
-def test_five_processes_on_one_folder(demo, demo_set, undisturbed, tmp_path):
+def test_five_processes_on_one_folder(uncached, demo_set, undisturbed, tmp_path):
     """Two trainings, two evaluations and a cache build begin at once where there is no cache."""
-    shutil.rmtree(demo / "cache")
-    calls = [("data.py", "--data", demo)]
+    calls = [("data.py", "--data", uncached)]
     for i in range(2):
         prediction = ("--out", tmp_path / f"p{i}.npz", "--json", tmp_path / f"p{i}.json")
-        calls += [("evaluate.py", undisturbed / "best.pt", "--data", demo, *prediction),
-                  ("post_train.py", *arguments(demo, tmp_path / f"run{i}"))]
+        calls += [("evaluate.py", undisturbed / "best.pt", "--data", uncached, *prediction),
+                  ("post_train.py", *arguments(uncached, tmp_path / f"run{i}"))]
     for started in [start(*call) for call in calls]:
-        status, errors = end(*started)
-        assert status == 0, errors
+        end(started)
     for i in range(2):
         assert_same_run(tmp_path / f"run{i}", undisturbed)
         scores = (tmp_path / f"p{i}.json").read_text()
         assert scores == (undisturbed / "test.json").read_text()
-    assert content(demo / "cache") == content(demo_set / "cache")
+    assert content(uncached / "cache") == content(demo_set / "cache")

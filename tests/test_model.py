@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -55,12 +56,10 @@ def founder(official):
     return model
 
 
-GOLDEN_INPUT = torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000)
-
-
 def test_logits_and_features_equal_the_published_network(founder, golden):
+    x = torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000)
     with torch.no_grad():
-        logits, features = founder(GOLDEN_INPUT), founder.forward_features(GOLDEN_INPUT)
+        logits, features = founder(x), founder.forward_features(x)
     for got, name in ((logits, "logits_first10"), (features, "features_first10")):
         np.testing.assert_allclose(got[0, :10], golden["model_logits"][name], atol=1e-5, rtol=0)
 
@@ -134,10 +133,6 @@ def bf16_error(function, x):
     return ((coarse - exact).norm() / exact.norm()).item()
 
 
-def weight_gradient(module, x):
-    return torch.autograd.grad(module(x).sum(), module.conv.weight)[0]
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_every_convolution_is_right_in_bf16(training):
     """Some CPUs' bf16 kernels are wrong for some convolutions that pad by themselves
@@ -145,22 +140,18 @@ def test_every_convolution_is_right_in_bf16(training):
     torch.manual_seed(0)
     model, x = network.ecgfounder(5).train(training), torch.randn(1, 12, 512)
     shapes = {}
-
-    def note(module, inputs, output):
-        shapes[module] = inputs[0].shape
-
-    convolutions = [m for m in model.modules() if isinstance(m, network.SameConv1d)]
-    hooks = [m.register_forward_hook(note) for m in convolutions]
+    for module in model.modules():
+        if isinstance(module, network.SameConv1d):
+            module.register_forward_hook(lambda m, inputs, out: shapes.update({m: inputs[0].shape}))
     with torch.set_grad_enabled(training):
         model(x)
-        for hook in hooks:
-            hook.remove()
         assert len(shapes) == 61
-        for module, shape in shapes.items():
+        for module, shape in list(shapes.items()):
             x = torch.randn(shape)
             assert bf16_error(module, x) < 0.02, module
             if training:
-                assert bf16_error(lambda x: weight_gradient(module, x), x) < 0.02, module
+                gradient = lambda x: torch.autograd.grad(module(x).sum(), module.conv.weight)[0]
+                assert bf16_error(gradient, x) < 0.02, module
         x = torch.randn(1, 12, 512)
         assert bf16_error(model.forward_features, x) < 0.02
         assert bf16_error(model, x) < 0.02
@@ -168,15 +159,11 @@ def test_every_convolution_is_right_in_bf16(training):
 
 def test_no_convolution_pads_by_itself(monkeypatch):
     """In bf16 CPUs with AMX compute some of those wrongly (pytorch/pytorch#169688)."""
-    conv1d, padded = F.conv1d, []
-
-    def noted(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        padded.append(padding)
-        return conv1d(x, weight, bias, stride, padding, dilation, groups)
-
-    monkeypatch.setattr(F, "conv1d", noted)
+    conv1d = Mock(wraps=F.conv1d)
+    monkeypatch.setattr(F, "conv1d", conv1d)
     network.ecgfounder(5)(torch.randn(2, 12, 640))
-    assert len(padded) == 61 and not any(padded)
+    padded = [c for c in conv1d.mock_calls if c.args[4:] or c.kwargs.get("padding")]
+    assert conv1d.call_count == 61 and not padded
 
 
 def test_the_head_is_exact_under_autocast():
@@ -188,8 +175,6 @@ def test_the_head_is_exact_under_autocast():
     torch.testing.assert_close(logits, model.dense(features.float()))
     assert model.double().head(features).dtype == torch.float64
 
-
-# ------------------------------------------------------------------------------ in others' projects
 
 def test_gradients_of_each_sample(tiny):
     """torch.func's grad under vmap against one backward a sample."""
@@ -211,14 +196,12 @@ def test_gradients_of_each_sample(tiny):
 
 # --------------------------------------------------------------------------------- stochastic depth
 
-def blocks(model):
-    return [b for level in model.stage_list for b in level.block_list]
-
-
 def test_rates_of_both_modes():
-    assert [b.drop_path for b in blocks(network.ecgfounder(4, drop_path=0.3))] == [0.3] * 20
-    growing = network.ecgfounder(4, drop_path=0.5, drop_path_mode="linear")
-    np.testing.assert_allclose([b.drop_path for b in blocks(growing)], np.linspace(0, 0.5, 20))
+    same, growing = (
+        [m.drop_path for m in network.ecgfounder(4, drop_path=0.5, **mode).modules()
+         if isinstance(m, network.Block)] for mode in ({}, {"drop_path_mode": "linear"}))
+    assert same == [0.5] * 20
+    np.testing.assert_allclose(growing, np.linspace(0, 0.5, 20))
 
 
 @pytest.mark.parametrize("p, batch, kept", [(0.5, 8, 4), (0.5, 5, 3), (0.9, 4, 1), (0.99, 1, 1),
@@ -261,31 +244,25 @@ def test_gradients_reach_the_kept_samples_and_every_parameter():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_in_eval_and_at_zero_it_is_the_plain_network_bit_for_bit(founder):
-    dropping = network.ecgfounder(150, drop_path=0.5).eval()
-    dropping.load_state_dict(founder.state_dict())
-    x = torch.randn(4, 12, 500)
+@pytest.mark.parametrize("p, training", [(0.5, False), (0.0, True)])
+def test_in_eval_and_at_zero_it_is_the_plain_network_bit_for_bit(founder, p, training):
+    model, x = network.ecgfounder(150, drop_path=p).train(training), torch.randn(4, 12, 500)
+    model.load_state_dict(founder.state_dict())
     with torch.no_grad():
-        assert torch.equal(dropping(x), founder(x))
-        zero = network.ecgfounder(150, drop_path=0.0)
-        zero.load_state_dict(founder.state_dict())
-        assert torch.equal(zero.train()(x), founder(x))
+        assert torch.equal(model(x), founder(x))
 
 
 # -------------------------------------------------------------------------------------- checkpoints
 
-def test_a_scalar_of_this_numpy_loads_too(tmp_path):
-    state = {"w": torch.zeros(1)}
-    torch.save({"state_dict": state, "val_auroc": np.float64(0.5)}, tmp_path / "w.pth")
-    assert network.read_checkpoint(tmp_path / "w.pth")["val_auroc"] == 0.5
-
-
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("with_head", [False, True])
 def test_a_bare_state_dict_and_a_file_without_a_head_load(tiny, tmp_path, bare, with_head):
+    """And a scalar of this NumPy."""
     founder = network.ecgfounder(150)
     state = {k: v for k, v in founder.state_dict().items() if with_head or "dense" not in k}
-    torch.save(state if bare else {"state_dict": state}, tmp_path / "w.pth")
+    whole = {"state_dict": state, "val_auroc": np.float64(0.5)}
+    torch.save(state if bare else whole, tmp_path / "w.pth")
+    assert bare or network.read_checkpoint(tmp_path / "w.pth")["val_auroc"] == 0.5
     model = network.ecgfounder(7)
     head = model.dense.weight.clone()
     network.load_pretrained(model, tmp_path / "w.pth")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,9 +18,8 @@ import data
 import evaluate
 import model as network
 import post_train
-import tiny as small
-from helpers import (ROOT, TESTS, arguments, assert_same_run, edit_csv, history, states_kept,
-                     weights)
+from helpers import (ROOT, TESTS, arguments, assert_same_run, edit_csv, history,
+                     prefer_the_middle, states_kept, weights, write_csv)
 
 NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
 SHORT = "--probe-epochs", "0", "--epochs", "1"
@@ -44,19 +44,6 @@ def best_of_probe(lines):
     return 1 + aurocs.index(max(aurocs))
 
 
-def prefer_the_middle(monkeypatch):
-    """Interpolations that beat every epoch: the second, and still more the third of the four."""
-    save_best = post_train.save_best
-
-    def preferring(run):
-        line = run.history[-1]
-        if line["stage"] == "interpolate":
-            line["macro_auroc"] = (0.0, 1.5, 2.0, 1.0)[line["epoch"] - 1]
-        save_best(run)
-
-    monkeypatch.setattr(post_train, "save_best", preferring)
-
-
 @pytest.fixture
 def run(tiny, monkeypatch, tmp_path, capsys):
     """Train the small network in this process -> the run's folder; run.out is what it printed."""
@@ -68,18 +55,6 @@ def run(tiny, monkeypatch, tmp_path, capsys):
         return out
     prefer_the_middle(monkeypatch)
     return call
-
-
-@pytest.fixture(scope="module")
-def undisturbed(demo_set, tmp_path_factory):
-    """The folder of a finished run; beside it, in states/, what kills would have left. Not to be
-    written to."""
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    with pytest.MonkeyPatch.context() as m, states_kept(out, out.parent / "states", "replace"):
-        small.shrink(m.setattr)
-        prefer_the_middle(m)
-        post_train.main(arguments(demo_set, out))
-    return out
 
 
 # ------------------------------------------------------------------------------------------- recipe
@@ -234,8 +209,7 @@ def test_a_run_leaves_what_it_promises(run, demo_set, undisturbed):
     best, last, probe = (checkpoint(out, name) for name in ("best", "last", "probe"))
     labels = data.load_labels(demo_set, "rhythm12")
     said = [best[key] for key in ("task", "classes", "leads", "preprocessing", "data")]
-    assert said == ["rhythm12", labels.classes, list(data.LEADS), "filter",
-                    str(demo_set.resolve())]
+    assert said == ["rhythm12", labels.classes, list(data.LEADS), "filter", str(demo_set.resolve())]
     assert best["args"]["drop_path"] == 0.5 and best["args"]["amp"] == "off"
     assert set(best["versions"]) == {"torch", "numpy", "scipy", "wfdb"}
     assert set(last) - set(best) == {"optimizer", "scaler"}
@@ -353,9 +327,8 @@ def test_from_weights_come_all_but_an_unrelated_head(run, demo_set, undisturbed)
     assert correlation[0, 1] > 0.5 and correlation.triu(1)[:, 2:].abs().max() < 0.25
 
 
-def test_unreadable_records_are_left_out_on_request(run, demo, tmp_path, monkeypatch, fails):
-    shutil.rmtree(demo / "cache")
-    labels = data.load_labels(demo, "rhythm12")
+def test_unreadable_records_are_left_out_on_request(run, uncached, tmp_path, monkeypatch, fails):
+    labels, demo = data.load_labels(uncached, "rhythm12"), uncached
     for fold in (1, 10):
         ecg_id = labels.ecg_id[labels.fold == fold][0]
         (demo / f"records500/00000/{ecg_id:05d}_hr.dat").unlink()
@@ -376,8 +349,7 @@ def test_unreadable_records_are_left_out_on_request(run, demo, tmp_path, monkeyp
 def test_weights_that_have_seen_the_test_are_said(run, undisturbed, demo, tmp_path):
     """The records of an own table are dealt to folds anew."""
     labels, table = data.load_labels(demo, "rhythm12"), tmp_path / "own.csv"
-    rows = [f"{name},{i % 2}\n" for i, name in enumerate(labels.record)]
-    table.write_text("record,other\n" + "".join(rows))
+    write_csv(table, [{"record": name, "other": i % 2} for i, name in enumerate(labels.record)])
     weights, fold = str(undisturbed / "best.pt"), data.load_labels(demo, table).fold
     run(demo, "--weights", weights, *ONE_PROBE)
     assert "optimistic" not in run.out
@@ -404,18 +376,17 @@ def test_faster_it_trains_nearly_the_same(run, demo_set, monkeypatch, option, er
     assert weights(plain).keys() == weights(fast).keys()
 
 
-def test_fold_10_is_touched_by_nothing_before_the_end(run, demo, undisturbed):
+def test_fold_10_is_touched_by_nothing_before_the_end(run, uncached, undisturbed):
     """Other labels and other signals in fold 10 change test.json, and nothing else of the run."""
     def change(rows):
         for row in rows:
             if row["strat_fold"] == "10":
                 row["scp_codes"] = ("{'PACE': 0.0}", "{'AFLT': 0.0}")[int(row["ecg_id"]) % 2]
-                signal_file = demo / f"{row['filename_hr']}.dat"
+                signal_file = uncached / f"{row['filename_hr']}.dat"
                 signal_file.write_bytes(signal_file.read_bytes()[::-1])
 
-    shutil.rmtree(demo / "cache")
-    edit_csv(demo / data.DATABASE, change)
-    out = run(demo)
+    edit_csv(uncached / data.DATABASE, change)
+    out = run(uncached)
     assert (out / "test.json").read_text() != (undisturbed / "test.json").read_text()
     shutil.copy(undisturbed / "test.json", out)
     assert_same_run(out, undisturbed)
@@ -423,27 +394,21 @@ def test_fold_10_is_touched_by_nothing_before_the_end(run, demo, undisturbed):
 
 # -------------------------------------------------------------------------------- what is found out
 
-def test_a_non_finite_loss_stops_the_run(run, demo_set, tmp_path, monkeypatch, capsys):
+def test_a_non_finite_loss_stops_the_run(tiny, demo_set, tmp_path, monkeypatch, fails):
     forward, steps = network.ECGFounder.forward, itertools.count(1)
     monkeypatch.setattr(
         network.ECGFounder, "forward",
         lambda self, x: forward(self, x) * (torch.inf if self.training and next(steps) == 2 else 1))
-    with pytest.raises(SystemExit) as stop:
-        run(demo_set, out=tmp_path / "bad")
-    error, last = capsys.readouterr().err, checkpoint(tmp_path / "bad", "last")
-    assert stop.value.code == 1 and "step 2 of 3" in error and "--amp bf16" in error
+    fails(post_train.main, arguments(demo_set, tmp_path), "step 2 of 3", "--amp bf16", status=1)
+    last = checkpoint(tmp_path, "last")
     assert (last["stage"], last["epoch"]) == ("probe", 2)
 
 
-def test_out_of_memory_names_what_to_change(run, demo_set, monkeypatch, capsys):
-    def full(self, x):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+def test_out_of_memory_names_what_to_change(tiny, demo_set, tmp_path, monkeypatch, fails):
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(network.ECGFounder, "forward", full)
-    with pytest.raises(SystemExit) as stop:
-        run(demo_set, *SHORT)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and "batch of 16" in error and "--batch-size" in error
+    argv = arguments(demo_set, tmp_path, *SHORT)
+    fails(post_train.main, argv, "batch of 16", "--batch-size", status=1)
 
 
 @pytest.mark.parametrize("part, method, fault", [
@@ -470,7 +435,10 @@ def test_killed_at_any_moment_and_resumed(run, demo_set, undisturbed, tmp_path):
 
     def resume(state, later):
         out = shutil.copytree(state, tmp_path / "run", dirs_exist_ok=True)
-        check_what_is_left(out, undisturbed)
+        for path in out.glob("[a-z]*.pt"):
+            assert ("optimizer" in network.read_checkpoint(path)) == (path.name == "last.pt")
+        lines = history(out) if (out / "metrics.jsonl").exists() else []
+        assert lines == history(undisturbed)[:len(lines)]
         told = "random initialization"
         if (out / "last.pt").exists():
             last = checkpoint(out, "last")
@@ -488,22 +456,12 @@ def test_killed_at_any_moment_and_resumed(run, demo_set, undisturbed, tmp_path):
             resume(tmp_path / f"{k}" / "2", tmp_path / f"{k} again")
 
 
-def check_what_is_left(out, undisturbed):
-    """Whole checkpoints, and the first lines of the undisturbed run's history."""
-    for path in out.glob("[a-z]*.pt"):
-        found = network.read_checkpoint(path)
-        assert ("optimizer" in found) == (path.name == "last.pt")
-    lines = history(out) if (out / "metrics.jsonl").exists() else []
-    assert lines == history(undisturbed)[:len(lines)]
-
-
 def test_a_resume_wants_the_same_arguments_and_processes(run, demo, undisturbed, tmp_path, fails):
     """The data set itself may have moved: `demo` is another folder than that of the run."""
     out = shutil.copytree(undisturbed, tmp_path / "run")
     argv = [*arguments(demo, out), "--resume"]
     fails(post_train.main, [*argv, "--epochs", "9"], "--epochs was 2, now 9")  # though finished
     (out / "test.json").unlink()
-    fails(post_train.main, [*argv, "--epochs", "9"], "--epochs was 2, now 9")
     last = checkpoint(out, "last")
     torch.save(last | {"processes": 2}, out / "last.pt")  # other batches, other random numbers
     fails(post_train.main, argv, "last.pt", "processes differ")
@@ -567,7 +525,6 @@ def test_the_whole_road_with_the_whole_network(demo_set, tmp_path, capsys):
 
 @pytest.mark.real
 def test_it_learns_from_real_records(run, real):
-    """A tenth of the real records: the loss falls and the ranking is better than chance."""
     out = run(real, "--task", "superclass5", "--frac", "0.1", "--epochs", "6", "--drop-path", "0",
               "--lr", "0.003")
     lines = [line for line in history(out) if line["stage"] == "finetune"]

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 import data
 import evaluate
@@ -21,7 +20,7 @@ import hz100
 import make_subset
 import model as network
 import post_train
-from helpers import ROOT, edit_csv, read_csv, weights
+from helpers import ROOT, by_sklearn, edit_csv, predicted, read_csv
 
 PAGES = ROOT / "README.md", ROOT / "tests" / "RESULTS.md"
 README = "\n".join(page.read_text() for page in PAGES).replace("\\\n", " ")
@@ -72,17 +71,13 @@ def runs(tmp_path, demo_set):
         (out / "metrics.jsonl").write_text("".join(
             json.dumps({"stage": stage, "epoch": e, "seconds": seconds}) + "\n"
             for stage, e, seconds in stages))
-        scores = dict(zip(("macro_auroc", "macro_auprc"), by_sklearn(y, p)))
+        scores = dict(zip(("macro_auroc", "macro_auprc"), by_sklearn(y, p).mean(1).tolist()))
         evaluate.write_json(out / "test.json", {"n": 60, **scores})
         np.savez(out / "predictions.npz", y_true=y, y_prob=p, classes=CLASSES, ecg_id=np.arange(60))
         torch.save({"layout": evaluate.CHECKPOINT_LAYOUT, "state_dict": {"w": torch.zeros(1)},
                     "task": "all71", "classes": CLASSES, "leads": ["I"], "preprocessing": "raw",
                     "data": str(demo_set), "args": {"frac": frac}}, out / "best.pt")
     return list(map(str, folders)), y, probs
-
-
-def by_sklearn(y, p):
-    return [float(f(y, p, average="macro")) for f in (roc_auc_score, average_precision_score)]
 
 
 def rows_of(capsys, *argv):
@@ -93,7 +88,7 @@ def rows_of(capsys, *argv):
 
 def test_table(runs, capsys):
     folders, y, probs = runs
-    scores = np.array([by_sklearn(y, p) for p in probs]).reshape(2, 2, 2)  # setting, seed, metric
+    scores = np.mean([by_sklearn(y, p) for p in probs], 2).reshape(2, 2, 2)  # setting, seed, metric
     cells = [[f"{v.mean():.3f} ± {v.std(ddof=1):.3f}" for v in setting.T] for setting in scores]
     base, better = scores.mean(1)
     gain = " / ".join(f"{g:+.1f}*" for g in 100 * (better - base) / base)
@@ -104,7 +99,7 @@ def test_table(runs, capsys):
 
     # One seed has no deviation, equal models no star.
     first, second = rows_of(capsys, "--table", folders[0], folders[2])[2:]
-    a = [f"{v:.3f}" for v in by_sklearn(y, probs[0])]
+    a = [f"{v:.3f}" for v in by_sklearn(y, probs[0]).mean(1)]
     assert first[:4] == ["a-0.25-0", *a, ""] and second[:4] == ["a-1-0", *a, "+0.0 / +0.0"]
 
 
@@ -137,7 +132,7 @@ def test_pictures(runs, monkeypatch, demo_set):
             bars = axis.containers[0].lines[2][0].get_segments()
             assert [len(bar) for bar in bars].count(0) == without
     n = sum(int(row["strat_fold"]) <= 8 for row in read_csv(demo_set / data.DATABASE))
-    scores = np.array([by_sklearn(runs[1], p) for p in runs[2]])
+    scores = np.mean([by_sklearn(runs[1], p) for p in runs[2]], 2)
     for k, axis in enumerate(drawn["p.png"]):
         line, = axis.lines
         assert line.get_label() == "a" and axis.get_xscale() == "log"
@@ -192,13 +187,8 @@ def test_what_cannot_be_drawn(runs, fails, spoil, options, words):
 
 def test_experiment(tmp_path, monkeypatch, capsys):
     """Each row trains what it is named after; what is done is left out; a failure ends it."""
-    calls, statuses = [], []
-
-    def run(words):
-        calls.append(words)
-        return SimpleNamespace(returncode=statuses.pop() if statuses else 0)
-
-    monkeypatch.setattr(experiment.subprocess, "run", run)
+    calls, done = [], SimpleNamespace(returncode=0)
+    monkeypatch.setattr(experiment.subprocess, "run", lambda words: calls.append(words) or done)
     argv = ["--data", "d", "--weights", "none", "--fracs", "1", "0.1", "--seeds", "3", "4",
             "--out", str(tmp_path), "--rows"]
     experiment.main([*argv, *experiment.ROWS, "--", "--amp", "bf16"])
@@ -219,10 +209,11 @@ def test_experiment(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     experiment.main([*argv, "post", "--dry-run"])
     assert not calls and len(capsys.readouterr().out.splitlines()) == 3
-    statuses[:] = [1]
+    done.returncode = 1
     with pytest.raises(SystemExit, match="post-0.1-3 has failed"):
         experiment.main([*argv, "post"])
     assert len(calls) == 1
+    done.returncode = 0
     experiment.main([*argv, "post", "--hz100", "--", "--epochs", "3"])
     assert post_train.parse(calls[-2][3:]).epochs == 3
     assert all(words[1].endswith("hz100.py") for words in calls[1:])
@@ -243,12 +234,9 @@ def test_a_network_at_100_hz(tiny, demo_set, tmp_path, monkeypatch):
     labels = data.load_labels(demo_set, "rhythm12")
     test = labels.take(labels.fold == 10)
     signals = np.load(data.find_cache(demo_set)[0].array)[test.row].astype(np.float32)
-    model = network.ecgfounder(12).eval()
-    model.load_state_dict(weights(out, "best.pt"))
-    with torch.inference_mode():
-        probs = [model(torch.from_numpy(x)).sigmoid() for x in (signals[..., ::5], signals)]
+    probs = [predicted(out / "best.pt", x) for x in (signals[..., ::5], signals)]
     np.testing.assert_allclose(found["y_prob"], probs[0], atol=1e-6)
-    assert np.abs(found["y_prob"] - probs[1].numpy()).max() > 1e-3
+    assert np.abs(found["y_prob"] - probs[1]).max() > 1e-3
     score = json.loads((out / "test.json").read_text())["macro_auroc"]
     assert score == pytest.approx(np.nanmean(evaluate.auroc_auprc(test.y, probs[0])[0]), abs=1e-9)
 

@@ -19,17 +19,16 @@ import sys
 import tempfile
 import time
 import tracemalloc
-from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
-from unittest import mock
 
 TOOLS = Path(__file__).resolve().parent
 TESTS, ROOT = TOOLS.parents[:2]
 sys.path[:0] = map(str, (ROOT, TESTS, TOOLS))
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -168,23 +167,13 @@ def gradients_agree(nets, x):
         return x.new_zeros(n, 1, 1).index_fill_(0, chosen.to(x.device), n / kept)
 
     results = []
-    with mock.patch.object(plain.PlainBlock, "mask", same_draw), tf32(torch.backends.cudnn, False):
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(plain.PlainBlock, "mask", same_draw)
+        m.setattr(torch.backends.cudnn, "allow_tf32", False)
         for net in nets.values():
             torch.manual_seed(1)
             results.append([passes(net, x), *(p.grad.clone() for p in net.parameters())])
     return same(*results, tolerance=1e-5 if x.device.type == "cpu" else 1e-4)
-
-
-@contextmanager
-def tf32(library, allowed):
-    """Whether a GPU computes in TF32 in place of float32. By default cuDNN's convolutions do, and
-    matrix products do not."""
-    before = library.allow_tf32
-    library.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        library.allow_tf32 = before
 
 
 def floor_of(net, x, dtype):
@@ -194,8 +183,10 @@ def floor_of(net, x, dtype):
         net(x[:8])
     n = 8192 if x.device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=x.device, dtype=dtype) for _ in range(2))
-    with tf32(torch.backends.cuda.matmul, True):
-        seconds = side_by_side({"product": lambda: a @ b}, 9, warm=3)["product"]
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True  # as it is for convolutions by default
+    seconds = side_by_side({"product": lambda: a @ b}, 9, warm=3)["product"]
+    matmul.allow_tf32 = before
     return 3 * counter.get_total_flops() / len(x[:8]) / 1e9, 2 * n**3 / seconds / 1e9
 
 
@@ -227,8 +218,7 @@ def step(title, args, aim="", drop_path=0.0, mode="constant", dtype=None, compil
     peaks = []
     if args.device.type == "cuda":
         for net in nets.values():
-            for each in nets.values():
-                each.zero_grad()
+            net.zero_grad()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             passes(net, x, dtype)

@@ -28,11 +28,10 @@ ROWS = {            # what each gives post_train.py, in the order in which they 
 EPOCHS = {0.1: 30, 0.3: 20, 1.0: 15}    # of fine-tuning, by the fraction
 
 
-def command(args, row, frac, seed):
+def command(args, out, row, frac, seed):
     """The command of one run, as words; of an option that stands twice the last counts."""
-    out, epochs = folder(args, row, frac, seed), EPOCHS.get(frac, 30)
-    options = (f"--frac {frac:g} --seed {seed} --epochs {epochs} --batch-size 32 --resume "
-               f"{ROWS[row]}")
+    options = (f"--frac {frac:g} --seed {seed} --epochs {EPOCHS.get(frac, 30)} --batch-size 32 "
+               f"--resume {ROWS[row]}")
     return [*script(args, "post_train.py"), "--task", args.task, "--data", args.data,
             "--weights", args.weights, "--out", str(out), *options.split(), *args.options]
 
@@ -40,10 +39,6 @@ def command(args, row, frac, seed):
 def script(args, name):
     tool = [str(ROOT / "tests" / "tools" / "hz100.py"), name]
     return [sys.executable, *(tool if args.hz100 else [str(ROOT / name)])]
-
-
-def folder(args, row, frac, seed):
-    return Path(args.out, f"{row}-{frac:g}-{seed}")
 
 
 def main(argv=None):
@@ -61,8 +56,9 @@ def main(argv=None):
     add("options", nargs="*", help="after --: for every post_train.py")
     args = parser.parse_args(argv)
     runs = [(row, frac, seed) for seed in args.seeds for frac in args.fracs for row in args.rows]
-    for i, run in enumerate(runs, 1):
-        out, words = folder(args, *run), command(args, *run)
+    for i, (row, frac, seed) in enumerate(runs, 1):
+        out = Path(args.out, f"{row}-{frac:g}-{seed}")
+        words = command(args, out, row, frac, seed)
         if (out / "predictions.npz").exists():
             continue
         print(f"{i}/{len(runs)}  {shlex.join(words[1:])}", flush=True)

@@ -82,8 +82,7 @@ def scores_of(settings):
                              f"`python evaluate.py {run}/best.pt` predicts fold 10 again")
     size = len(settings[0][1])
     seeds = [scores[i:i + size] for i in range(0, len(scores), size)]
-    means = [evaluate.Scores(*(np.mean(parts, axis=0) for parts in zip(*group)))
-             for group in seeds]
+    means = [evaluate.Scores(*(np.mean(parts, axis=0) for parts in zip(*group))) for group in seeds]
     return m["classes"], m["y_true"].sum(0), seeds, means
 
 
@@ -130,14 +129,6 @@ def new_figure(*shape, **options):
     import matplotlib.pyplot as plt
     plt.rc("text", parse_math=False)  # names may hold a $
     return plt.subplots(*shape, layout="constrained", **options)
-
-
-def draw_band(axis, x, values, name, **style):
-    """The mean of the seeds within their range; values: for each x an array of the seeds'."""
-    line, = axis.plot(x, [v.mean() for v in values], label=name, **style)
-    axis.fill_between(x, [v.min() for v in values], [v.max() for v in values], alpha=0.15,
-                      color=line.get_color())
-    axis.grid(alpha=0.3)
 
 
 def draw_classes(path, settings):
@@ -189,7 +180,11 @@ def draw_points(path, settings):
     for k, (axis, metric) in enumerate(zip(axes, evaluate.METRICS)):
         for name, points in lines.items():
             x = sorted(points)
-            draw_band(axis, x, [np.array(points[n])[:, k] for n in x], name, marker="o")
+            seeds = [np.array(points[n])[:, k] for n in x]
+            line, = axis.plot(x, list(map(np.mean, seeds)), label=name, marker="o")
+            axis.fill_between(x, list(map(np.min, seeds)), list(map(np.max, seeds)), alpha=0.15,
+                              color=line.get_color())
+        axis.grid(alpha=0.3)
         axis.set(xscale="log", xlabel="training ECGs", ylabel=f"macro {metric.upper()}, fold 10")
         axis.set_xticks(sizes, [f"{n:,}" for n in sizes])
         axis.minorticks_off()

@@ -378,7 +378,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--weights", metavar="FILE", help="verify this checkpoint")
     add("--download", action="store_true", help="fetch the official weights to checkpoints/")
-    add("--leads", type=int, choices=(12, 1), default=12, help="of the release (default: 12)")
+    add("--leads", type=int, choices=(12, 1), default=12, help="leads of the release (default: 12)")
     add("--url", help="where to fetch it from (default: Hugging Face)")
     args = parser.parse_args(argv)
     if not args.download and not args.weights:

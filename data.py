@@ -52,7 +52,7 @@ TASKS = {           # (column that flags the task's statements, column that name
 PTBXL_COLUMNS = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_hr")
 LABELS = {"0": 0, "1": 1, "False": 0, "True": 1, "FALSE": 0, "TRUE": 1, "false": 0, "true": 1}
 NOT_CLASSES = ("record", "ecg_id", "patient_id", "fold")    # of a custom table's columns
-UNKNOWN = ("", "nan", "NaN", "NA")  # unknown patient_id: each record is its own patient
+UNKNOWN = r"(nan?|n/a|<na>|none|null|-\d+(\.0)?)?"      # patient_id: each record is its own
 PREPROCESSING = ("filter", "zscore", "raw")
 
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
@@ -118,7 +118,8 @@ def read_table(root, task):
     rows = read_csv(path, columns)
     for row in rows:
         row[record] = strip_extension(row[record].strip())
-    ecg_id = identifiers(rows, "ecg_id" if "ecg_id" in rows[0] else record)
+    column = "ecg_id" if "ecg_id" in rows[0] else record
+    ecg_id = identifiers([cell_of(row, column) for row in rows])
     table = Table(path, rows, ecg_id, [row[record] for row in rows])
     for i, name in enumerate(table.records):
         if "ecg_id" in rows[i] and not cell_of(rows[i], "ecg_id"):
@@ -162,14 +163,22 @@ def read_csv(path, columns):
     return rows
 
 
-def identifiers(rows, column):
-    """A column of names or numbers -> (N,) int64 where all are whole numbers, else str. Each
-    UNKNOWN one gets a negative number of its own."""
-    cells = [cell_of(row, column) for row in rows]
-    cells = [str(-1 - i) if cell in UNKNOWN else cell for i, cell in enumerate(cells)]
+def identifiers(cells):
+    """Names or numbers -> (N,) int64 where all are whole numbers, else str."""
     if all(re.fullmatch(r"-?(0|[1-9]\d{0,14})", cell) for cell in cells):
         return np.array(list(map(int, cells)))
     return np.array(cells)
+
+
+def patients_of(rows):
+    """The column patient_id as `identifiers`; each unknown one gets a negative number of its own.
+    """
+    cells = [cell_of(row, "patient_id") for row in rows]
+    return identifiers([str(-1 - i) if is_unknown(cell) else cell for i, cell in enumerate(cells)])
+
+
+def is_unknown(patient):
+    return re.fullmatch(UNKNOWN, str(patient), re.IGNORECASE) is not None
 
 
 def cell_of(row, column):
@@ -207,8 +216,10 @@ def load_labels(root, task):
     0 and 1. Without `fold`, each patient is assigned to one of ten folds by a hash.
     """
     table, own = read_table(root, task), is_own(task)
-    found = read_own_labels(table) if own else read_ptbxl_labels(root, task, table)
-    labels = Labels(table.ecg_id, np.array(table.records), np.arange(len(table.rows)), *found)
+    patient_id, fold, y, classes = (read_own_labels(table) if own else
+                                    read_ptbxl_labels(root, task, table))
+    labels = Labels(table.ecg_id, np.array(table.records), np.arange(len(y)), patient_id, fold, y,
+                    classes)
     return labels if own else labels.take(labels.y.any(1))
 
 
@@ -227,7 +238,7 @@ def read_ptbxl_labels(root, task, table):
                                      f"{str(code)[:40]!r}; fetch both files again")
             if class_of[code] is not None:
                 y[i, place[class_of[code]]] = 1
-    return identifiers(table.rows, "patient_id"), read_folds(table, "strat_fold"), y, classes
+    return patients_of(table.rows), read_folds(table, "strat_fold"), y, classes
 
 
 def read_classes(root, task):
@@ -275,11 +286,11 @@ def read_own_labels(table):
             y[i, c] = LABELS[cell]
     rows = [{"patient_id": "", **row} for row in table.rows]    # unknown without such a column
     people = [cell_of(row, "patient_id") for row in rows]
-    people = [row["record"] if who in UNKNOWN else who for row, who in zip(rows, people)]
+    people = [row["record"] if is_unknown(who) else who for row, who in zip(rows, people)]
     # By a hash, so that a patient is in the same fold in every table and on every machine.
     dealt = np.array([1 + zlib.crc32(name.encode()) % 10 for name in people])
     folds = read_folds(table, "fold") if "fold" in columns else dealt
-    return identifiers(rows, "patient_id"), folds, y, classes
+    return patients_of(rows), folds, y, classes
 
 
 def subset(index, frac, seed):
@@ -542,7 +553,8 @@ def fill(cache, array, plan, root, workers):
     loader = torch.utils.data.DataLoader(
         todo, CHUNK, collate_fn=partial(read_rows, root, plan), worker_init_fn=end_with_parent,
         num_workers=processes if processes > 1 else 0)
-    start, size = np.load(array, mmap_mode="r").offset, 2 * math.prod(plan["shape"][1:])
+    start = np.load(array, mmap_mode="r").offset    # where row 0 begins
+    size = 2 * math.prod(plan["shape"][1:])         # bytes of a row
     bar = tqdm(None, cache.array.stem, len(marks), initial=len(marks) - len(todo), unit="record",
                disable=None)
     unreadable = []
@@ -720,8 +732,9 @@ def download(root, url=URL):
     """Fetch PTB-XL's zip, unpack its 500 Hz records and two tables into `root` and check them
     against SHA256SUMS.txt; files already there with the right hash are not rewritten.
 
-    Raises InputError for a zip that is damaged or lacks a file, and for a file whose hash is not
-    the published one. The zip is removed at the end.
+    A zip that is there already, as ptb-xl.zip in `root`, is not fetched. Raises InputError for a
+    zip that is damaged or lacks a file, and for a file whose hash is not the published one. The zip
+    is removed at the end.
     """
     from http.client import HTTPException
     root, archive = Path(root), Path(root, "ptb-xl.zip")
@@ -730,16 +743,21 @@ def download(root, url=URL):
         if wanted and all(hash_matches(root / name, digest) for name, digest in wanted.items()):
             return
     root.mkdir(parents=True, exist_ok=True)
+    fetched = not archive.exists()
     try:
-        if not archive.exists():
+        if fetched:
             torch.hub.download_url_to_file(url, str(archive))
     except (OSError, ValueError, HTTPException) as error:
         raise InputError(f"{url}: cannot be fetched ({line_of(error)}); run the same command "
-                         "again, or give a mirror with --url") from None
+                         "again, give a mirror with --url, or fetch it by hand (`wget -c` resumes) "
+                         f"to {archive}") from None
     try:
         with zipfile.ZipFile(archive) as z:
             unpack(z, root)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
+        if not fetched:
+            raise InputError(f"{archive}: not PTB-XL 1.0.3's zip, or not all of it ({error}); "
+                             "complete or remove it and run this again") from None
         archive.unlink()
         raise InputError(f"{url}: not PTB-XL 1.0.3's zip, or damaged ({error}); the download was "
                          "removed, run the same command again") from None

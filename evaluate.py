@@ -358,7 +358,7 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     if not len(labels.row):
         raise InputError(f"{root}: holds no record of {task} in fold "
                          f"{', '.join(map(str, folds))}; see --fold, --task and --data")
-    theirs, mine = ([some.index(c) for c in shared] for some in classes)
+    in_table, in_model = ([some.index(c) for c in shared] for some in classes)
     lines = [line for line in (note, cache.left_out()) if line]
     if seen:
         lines.append(f"{seen:,} of these records are of patients in the training data of {path}: "
@@ -367,7 +367,7 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
     logits = infer(model.head, torch.from_numpy(features).to(device), np.arange(len(features)),
                    device)
     return {"ecg_id": labels.ecg_id, "patient_id": labels.patient_id, "classes": np.array(shared),
-            "y_true": labels.y[:, theirs], "y_prob": probabilities(logits)[:, mine],
+            "y_true": labels.y[:, in_table], "y_prob": probabilities(logits)[:, in_model],
             "features": features}, lines
 
 
@@ -395,7 +395,7 @@ def load_predictions(path):
         raise InputError(f"{path}: y_true holds values other than 0 and 1, or y_prob values that "
                          "are no probabilities; wanted 0 and 1, and finite values in [0, 1]")
     if patient_id is not None:
-        unknown = np.isin(patient_id.astype(str), data.UNKNOWN)
+        unknown = [data.is_unknown(patient) for patient in patient_id]
         patient_id = np.where(unknown, np.arange(n) - n, patient_id)
     return {"ecg_id": ecg_id, "patient_id": patient_id, "classes": classes.astype(str),
             "y_true": y.astype(np.uint8), "y_prob": prob.astype(np.float64)}

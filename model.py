@@ -300,6 +300,7 @@ def load_state(model, found, path, head):
     classifier = {key for key in wanted if key.startswith("dense.")}
     if not head:
         wanted = {key: value for key, value in wanted.items() if key not in classifier}
+    # A file that has any of the unused keys must have all of them.
     needed = wanted.keys() | (unused if unused & found.keys() else set())
     state = {key: found[key] for key in wanted if key in found}
     problems = {"missing": sorted(needed - found.keys()),
@@ -351,14 +352,14 @@ def verify(path):
     logits = logits[0, :len(OFFICIAL_LOGITS)]
     if not torch.allclose(logits, torch.tensor(OFFICIAL_LOGITS), rtol=1e-4, atol=0):
         raise WeightsError(f"{path}: the file is the known release, but its logits "
-                           f"{logits.tolist()} are not the published ones; this installation of "
-                           "PyTorch computes the network wrongly")
+                           f"{logits.tolist()} are not those recorded for it: this installation "
+                           "of PyTorch computes the network wrongly; try another version")
     return lines + ["sha256 matches the known 12-lead release",
                     "logits equal the published ones (rtol 1e-4)"]
 
 
 def download(path, url, digest=None):
-    """Fetch weights to `path`: complete and with the known hash, or not at all."""
+    """Fetch weights to `path`: complete and, where it is known, with this hash, or not at all."""
     from http.client import HTTPException
     if digest and os.path.exists(path) and sha256(path) == digest:
         return

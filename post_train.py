@@ -116,17 +116,18 @@ def stages_of(args, steps=1):
     return Stage("probe", **probe), Stage("finetune", **finetune)
 
 
-def learning_rate(stage, progress, aurocs):
-    """The learning rate at `progress` (0 to 1) through a stage whose finished epochs had these
+def learning_rates(stage, epoch, steps, aurocs):
+    """The learning rate of each step of an epoch, counted from 0, after epochs with these
     validation AUROCs. Stateless."""
     if stage.schedule == "plateau":
         optimizer = torch.optim.SGD([torch.zeros(1)], stage.lr)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=10)
         for auroc in aurocs:
             plateau.step(auroc)
-        return optimizer.param_groups[0]["lr"]
+        return [optimizer.param_groups[0]["lr"]] * steps
     final = min(stage.final_lr, stage.lr)
-    return final + (stage.lr - final) * (1 + math.cos(math.pi * progress)) / 2
+    progress = [(epoch + step / steps) / stage.epochs for step in range(steps)]
+    return [final + (stage.lr - final) * (1 + math.cos(math.pi * p)) / 2 for p in progress]
 
 
 def make_optimizer(stage, layers):
@@ -268,7 +269,7 @@ def validate(function, split, device, amp):
     if not math.isfinite(loss):
         raise NonFinite(f"the validation loss is {loss:g}")
     scores = evaluate.auroc_auprc(y.numpy(), evaluate.probabilities(logits))
-    auroc, auprc = (evaluate.plain(evaluate.macro(score)) for score in scores)
+    auroc, auprc = (float(evaluate.macro(score)) for score in scores)
     return {"val_loss": loss, "macro_auroc": auroc, "macro_auprc": auprc}
 
 
@@ -364,8 +365,7 @@ def fit(run, stage, trained, layers, train_split, val_split, amp):
         index = epoch_batches(len(train_split.rows), run.batch_size,
                               epoch_seed(args.seed, stage.name, epoch), run.rank, run.world)
         aurocs = [line["macro_auroc"] for line in run.history if line["stage"] == stage.name]
-        rates = [learning_rate(stage, (epoch + step / len(index)) / stage.epochs, aurocs)
-                 for step in range(len(index))]
+        rates = learning_rates(stage, epoch, len(index), aurocs)
         title = None if run.rank else f"{stage.name} {epoch + 1}/{stage.epochs}"
         loss, skipped = train_epoch(net, optimizer, scaler, train_split, index, rates, stage.clip,
                                     amp, title)
@@ -490,7 +490,8 @@ def notes_on(args, labels, train, of_fold, seen):
     if shared:
         notes.append(f"{len(shared)} patients are in more than one of training, validation and "
                      "test: the scores will be optimistic")
-    trained = labels.of_patients(seen)
+    # A resumed run's checkpoint counts its own training records among those seen.
+    trained = labels.of_patients(sorted({*seen} - {*labels.record[train]}))
     for name in ("fold 9", "fold 10"):
         n = trained[of_fold[name]].sum()
         if n:
@@ -540,8 +541,9 @@ def check_same_run(args, last, described):
 # ---------------------------------------------------------------------------------------- its files
 
 def save_best(run):
-    """Write best.pt, probe.pt, or without fine-tuning both, if the history's last line, whose
-    weights the model holds, is the best so far."""
+    """If the last line of the history, whose weights the model holds, is the best of its kind, save
+    them: the probe's as probe.pt, those of fine-tuning or an interpolation as best.pt (without
+    fine-tuning the probe's, too)."""
     stages_of_best = ["finetune", "interpolate"] if run.args.epochs else ["probe"]
     for name, stages in (("probe.pt", ["probe"]), ("best.pt", stages_of_best)):
         *before, last = run.history

@@ -435,3 +435,15 @@ def test_a_bad_zip_is_named_and_fetched_again(mirror, tmp_path, fails, culprit, 
     path.write_bytes(good)
     data.main(argv)
     assert (root / RECORD).read_bytes() == files[RECORD]
+
+
+def test_a_zip_of_ones_own_is_kept_until_it_is_whole(mirror, tmp_path, fails):
+    root, whole = tmp_path / "got", mirror[1].read_bytes()
+    root.mkdir()
+    (root / "ptb-xl.zip").write_bytes(whole[:-99])
+    argv = ["--download", "--url", "file:///nowhere", "--data", str(root)]
+    fails(data.main, argv, "ptb-xl.zip", "complete or remove it")
+    assert (root / "ptb-xl.zip").read_bytes() == whole[:-99]
+    (root / "ptb-xl.zip").write_bytes(whole)
+    data.main(argv)
+    assert (root / RECORD).exists() and not (root / "ptb-xl.zip").exists()

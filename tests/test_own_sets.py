@@ -22,6 +22,7 @@ from make_demo import NAMES
 N = 40
 RNG = np.random.default_rng(0)
 CLASSES = ["fast", "AFIB", "noise"]     # in no order
+UNKNOWN = ["", "nan", "NaN", "NA", "N/A", "<NA>", "None", "null", "-1", "-1.0"]
 
 
 def ecg(fast, samples, fs, rng):
@@ -68,7 +69,7 @@ def test_a_table_becomes_labels(clinic):
     assert labels.patient_id.tolist() == [r["patient_id"] for r in rows]
     assert labels.y.tolist() == [[int(row[name]) for name in CLASSES] for row in rows]
     assert labels.fold.tolist() == [int(row["fold"]) for row in rows]
-    numbered = [{"ecg_id": 100 - i, **row, "patient_id": data.UNKNOWN[i % 4]}
+    numbered = [{"ecg_id": 100 - i, **row, "patient_id": UNKNOWN[i % len(UNKNOWN)]}
                 for i, row in enumerate(rows)]
     write_csv("numbered.csv", [row | {"fast": f"{row['fast']}.0"} for row in numbered])
     again = data.load_labels(".", "numbered.csv")
@@ -79,7 +80,7 @@ def test_a_table_becomes_labels(clinic):
 def test_whole_patients_are_dealt_to_folds_by_a_hash(clinic):
     """The same on every machine and in every order; CRC-32 of "123456789" is 0xcbf43926."""
     rows = [{k: v for k, v in row.items() if k != "fold"} for row in read_csv("clinic.csv")]
-    for row, patient in zip(rows, ("", " 7.0", "123456789", "nan")):
+    for row, patient in zip(rows, ("", " 7.0", "123456789", "None")):
         row["patient_id"] = patient
     write_csv("dealt.csv", rows)
     write_csv("lone.csv", [{"record": row["record"], "AFIB": row["AFIB"]} for row in rows])
@@ -122,8 +123,9 @@ def test_patients_who_have_a_record_among_some(clinic):
     of_fold = {name: np.flatnonzero(np.isin(labels.fold, folds)) for name, folds in (
         ("folds 1-8", range(1, 9)), ("fold 9", [9]), ("fold 10", [10]))}
     args = argparse.Namespace(task="clinic.csv", weights="none")
-    whole, part = (post_train.notes_on(args, labels, of_fold["folds 1-8"][i:], of_fold, [])
-                   for i in (0, 1))
+    trains = of_fold["folds 1-8"], of_fold["folds 1-8"][1:]
+    whole, part = (post_train.notes_on(args, labels, train, of_fold, labels.record[train])
+                   for train in trains)  # as in a run that goes on
     assert [note[:10] for note in whole if "patients" in note] == ["1 patients"]
     assert not [note for note in part if "patients" in note]
 

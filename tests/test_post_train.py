@@ -104,10 +104,10 @@ def test_cosine_is_torchs():
     for lr, final in ((5e-3, 0.0), (5e-4, 1e-5)):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr)
         reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40, final)
-        stage = FINETUNE._replace(lr=lr, final_lr=final)
-        for step in range(41):
-            rate = pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12)
-            assert post_train.learning_rate(stage, step / 40, []) == rate
+        stage = FINETUNE._replace(lr=lr, final_lr=final, epochs=4)
+        rates = [post_train.learning_rates(stage, epoch, 10, []) for epoch in range(4)]
+        for rate in np.concatenate(rates):
+            assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12)
             optimizer.step()
             reference.step()
 
@@ -119,13 +119,13 @@ def test_plateau_is_torchs(seed):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-4)
     reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.1, patience=10)
     for epoch, auroc in enumerate(aurocs):
-        rate = post_train.learning_rate(BASELINE, 0, aurocs[:epoch])
-        assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
+        rate, same = post_train.learning_rates(BASELINE, epoch, 2, aurocs[:epoch])
+        assert rate == same == pytest.approx(optimizer.param_groups[0]["lr"])
         reference.step(auroc)
     assert rate < 1e-4  # it did come down
     flat = [0.9] * 12  # no improvement
-    rates = [post_train.learning_rate(BASELINE, 0, flat[:n]) for n in (11, 12)]
-    assert rates == pytest.approx([1e-4, 1e-5])
+    rates = [post_train.learning_rates(BASELINE, n, 1, flat[:n]) for n in (11, 12)]
+    assert rates == [[1e-4], [pytest.approx(1e-5)]]
 
 
 def test_optimizers():

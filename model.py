@@ -352,7 +352,7 @@ def verify(path):
     logits = logits[0, :len(OFFICIAL_LOGITS)]
     if not torch.allclose(logits, torch.tensor(OFFICIAL_LOGITS), rtol=1e-4, atol=0):
         raise WeightsError(f"{path}: the file is the known release, but its logits "
-                           f"{logits.tolist()} are not those recorded for it: this installation "
+                           f"{logits.tolist()} are not the published ones: this installation "
                            "of PyTorch computes the network wrongly; try another version")
     return lines + ["sha256 matches the known 12-lead release",
                     "logits equal the published ones (rtol 1e-4)"]

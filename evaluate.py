@@ -395,8 +395,9 @@ def load_predictions(path):
         raise InputError(f"{path}: y_true holds values other than 0 and 1, or y_prob values that "
                          "are no probabilities; wanted 0 and 1, and finite values in [0, 1]")
     if patient_id is not None:
-        unknown = [data.is_unknown(patient) for patient in patient_id]
-        patient_id = np.where(unknown, np.arange(n) - n, patient_id)
+        unknown = np.array([data.is_unknown(patient) for patient in patient_id])
+        if len(np.unique(patient_id[unknown].astype(str))) < unknown.sum():
+            patient_id = np.where(unknown, np.arange(n) - n, patient_id)  # each is its own
     return {"ecg_id": ecg_id, "patient_id": patient_id, "classes": classes.astype(str),
             "y_true": y.astype(np.uint8), "y_prob": prob.astype(np.float64)}
 

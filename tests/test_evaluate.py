@@ -151,6 +151,18 @@ def test_other_folds_go_to_a_file_of_their_own(checkpoint, demo_set, tmp_path, c
     assert not (folder / "predictions.npz").exists()
 
 
+def test_predictions_score_as_their_checkpoint_does(checkpoint, demo_set, tmp_path):
+    """Where no patient is known, too."""
+    labels, table, files = data.load_labels(demo_set, "rhythm12"), tmp_path / "own.csv", []
+    rows = zip(labels.record, labels.y[:, 0])
+    write_csv(table, [{"record": name, labels.classes[0]: y} for name, y in rows])
+    out = tmp_path / "own.npz"
+    for argv in ([checkpoint, "--task", table, "--fold", "all", "--out", out], [out]):
+        files.append(tmp_path / f"{len(files)}.json")
+        evaluate.main(list(map(str, [*argv, "--json", files[-1]])))
+    assert files[0].read_text() == files[1].read_text()
+
+
 def test_a_checkpoint_alone_is_enough(checkpoint, demo_set, tmp_path, capsys):
     evaluate.main([str(checkpoint), "--json", str(tmp_path / "s.json")])
     out, scores = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
@@ -268,13 +280,15 @@ def test_models_side_by_side(models, capsys):
 
 
 def test_unknown_patients_are_each_their_own(models):
-    """NaN, as pandas reads PTB-XL's patient_id, and empty names."""
+    """NaN, as pandas reads PTB-XL's patient_id, empty names, and other marks of a missing one."""
     change(models, "a", "nan", patient_id=np.full(60, np.nan))
-    change(models, "a", "empty", patient_id=np.array([""] * 60))
     change(models, "a", "none", patient_id=None)
     nan, none = compared(models, "nan.npz"), compared(models, "none.npz")
     assert nan == none and np.ptp(nan["macro_auroc_ci"]) > 0.05
-    assert len(np.unique(evaluate.load_predictions(models / "empty.npz")["patient_id"])) == 60
+    for mark in ("", "None", -1):
+        change(models, "a", "marked", patient_id=np.array([mark] * 60))
+        found = evaluate.load_predictions(models / "marked.npz")["patient_id"]
+        assert len(np.unique(found)) == 60
     change(models, "a", "half", patient_id=np.where(np.arange(60) < 30, np.nan, np.arange(60) // 2))
     assert len(np.unique(evaluate.load_predictions(models / "half.npz")["patient_id"])) == 45
 

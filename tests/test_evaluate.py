@@ -151,13 +151,14 @@ def test_other_folds_go_to_a_file_of_their_own(checkpoint, demo_set, tmp_path, c
     assert not (folder / "predictions.npz").exists()
 
 
-def test_predictions_score_as_their_checkpoint_does(checkpoint, demo_set, tmp_path):
+def test_predictions_score_as_their_checkpoint_does(checkpoint, demo, tmp_path):
     """Where no patient is known, too."""
-    labels, table, files = data.load_labels(demo_set, "rhythm12"), tmp_path / "own.csv", []
+    labels, table, files = data.load_labels(demo, "rhythm12"), tmp_path / "own.csv", []
     rows = zip(labels.record, labels.y[:, 0])
     write_csv(table, [{"record": name, labels.classes[0]: y} for name, y in rows])
     out = tmp_path / "own.npz"
-    for argv in ([checkpoint, "--task", table, "--fold", "all", "--out", out], [out]):
+    own = ["--data", demo, "--task", table, "--fold", "all", "--out", out]
+    for argv in ([checkpoint, *own], [out]):
         files.append(tmp_path / f"{len(files)}.json")
         evaluate.main(list(map(str, [*argv, "--json", files[-1]])))
     assert files[0].read_text() == files[1].read_text()

@@ -29,12 +29,14 @@ README = README.replace("tests/tools/hz100.py ", "")     # before another script
 
 def test_the_two_sets_share_out_ptbxl(demo, tmp_path, fails):
     edit_csv(demo / data.DATABASE, lambda rows: rows[0].update(patient_id="", strat_fold="7"))
-    want = {"folds1-7": [], "folds8-10": []}
+    want = {"folds1-7": [], "folds8-10": [], "folds8-10-tenth": []}
     for row in read_csv(demo / data.DATABASE):
         i, fold = int(row["ecg_id"]), int(row["strat_fold"])
-        odd = float(row["patient_id"] or -i) % 2
+        patient = float(row["patient_id"] or -i)
+        if fold > 7 and (fold != 9 or str(int(patient)).endswith("0")):
+            want["folds8-10-tenth"].append((i, fold))
         if fold == 7:
-            fold = {1: 9, 0: 10}[odd]
+            fold = {1: 9, 0: 10}[patient % 2]
             want["folds1-7"].append((i, fold))
         else:
             want["folds1-7" if fold < 7 else "folds8-10"].append((i, fold))

@@ -3,10 +3,12 @@ signals.
 
     python tests/tools/make_subset.py ptbxl folds1-7 ptbxl-pretrain   # 15,245 ECGs to pretrain on
     python tests/tools/make_subset.py ptbxl folds8-10 ptbxl-target    # 6,554 ECGs to post-train on
+    python tests/tools/make_subset.py ptbxl folds8-10-tenth ptbxl-tenth   # a tenth to validate on
 
 folds8-10 trains on PTB-XL's fold 8, validates on 9 and tests on 10. folds1-7 trains on 1 to 6; of
 fold 7 the patients with an odd number validate and the others test, as folds 9 and 10 of the set.
-PTB-XL's folds share no patient, nor do the sets.
+PTB-XL's folds share no patient, nor do the first two sets. folds8-10-tenth is folds8-10 of which only
+the patients whose number ends in 0 validate.
 """
 import argparse
 import csv
@@ -18,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 
-SETS = {"folds1-7": range(1, 8), "folds8-10": range(8, 11)}
+SETS = {"folds1-7": range(1, 8), "folds8-10": range(8, 11), "folds8-10-tenth": range(8, 11)}
 
 
 def make_subset(source, name, dest):
@@ -28,6 +30,8 @@ def make_subset(source, name, dest):
     rows = data.read_table(source, "all71").rows
     for i, fold, patient in zip(labels.row, labels.fold, labels.patient_id):
         if fold not in SETS[name]:
+            continue
+        if name == "folds8-10-tenth" and fold == 9 and patient % 10:
             continue
         if fold == 7:
             fold = 9 if patient % 2 else 10

@@ -7,8 +7,8 @@ signals.
 
 folds8-10 trains on PTB-XL's fold 8, validates on 9 and tests on 10. folds1-7 trains on 1 to 6; of
 fold 7 the patients with an odd number validate and the others test, as folds 9 and 10 of the set.
-PTB-XL's folds share no patient, nor do the first two sets. folds8-10-tenth is folds8-10 of which only
-the patients whose number ends in 0 validate.
+PTB-XL's folds share no patient, nor do folds1-7 and folds8-10. folds8-10-tenth is folds8-10 where
+only the patients whose number ends in 0 validate.
 """
 import argparse
 import csv

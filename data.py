@@ -1,31 +1,33 @@
-"""ECG datasets: labels (of PTB-XL's tasks or of a table of your own), records, preprocessing, and
-a cache of preprocessed signals.
+"""ECG datasets: labels of PTB-XL's tasks or of a table of your own, records, preprocessing, and a
+cache of preprocessed signals.
 
-    python data.py --download --data ptbxl      # fetch PTB-XL 1.0.3 (1.7 GB), check every hash
-    python data.py --data ptbxl                 # preprocess every record once; prints where to
+    python data.py --download --data ptbxl      # fetch PTB-XL 1.0.3 (1.7 GB) and preprocess it
+    python data.py --data ptbxl                 # preprocess it; ends: ...: 21,799 records, 2.62 GB
     python data.py --data clinic --task clinic.csv --leads I --preprocess raw
 
-The cache is one float16 array (N, leads, 5000), 2.6 GB for PTB-XL, one row per row of the
-dataset's table; np.load(path, mmap_mode="r") reads it. Next to it, a .json says what it was made
-of, and a .marks.npy which rows could be read. Signals: leads in the order of LEADS, 10 s at 500
-Hz, in millivolts, or unitless after normalization. This file imports no other project file.
+The cache is one float16 array (N, leads, 5000), a row for each row of the dataset's table, to be
+read with np.load(path, mmap_mode="r"). Signals: leads in the order of LEADS, 10 s at 500 Hz, in
+millivolts, or unitless after normalization. Needs NumPy, SciPy, wfdb and tqdm (and PyTorch for
+--download); no other project file.
 """
 import argparse
 import ast
 import csv
 import errno
-import hashlib
+import itertools
 import json
 import math
-import multiprocessing
 import os
+import posixpath
 import re
-import shutil
-import threading
+import signal
+import sys
+import time
 import zipfile
 import zlib
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
@@ -33,167 +35,47 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
-FS = 500            # Hz
-SAMPLES = 5000      # 10 s
+FS, SAMPLES = 500, 5000         # Hz, 10 s
 TRAIN_FOLDS, VAL_FOLD, TEST_FOLD = range(1, 9), 9, 10
-STATEMENT = ""      # the first column of scp_statements.csv has no name
-TASKS = {           # (column that flags the task's statements, column that names their class)
-    "all71": (None, STATEMENT),
-    "diagnostic44": ("diagnostic", STATEMENT),
+TASKS = {   # of PTB-XL: (column of scp_statements.csv that flags a task's statements, column that
+            # names their class; "" is the first column, the statement itself)
+    "all71": (None, ""),
+    "diagnostic44": ("diagnostic", ""),
     "subclass23": ("diagnostic", "diagnostic_subclass"),
     "superclass5": ("diagnostic", "diagnostic_class"),
-    "form19": ("form", STATEMENT),
-    "rhythm12": ("rhythm", STATEMENT),
+    "form19": ("form", ""),
+    "rhythm12": ("rhythm", ""),
 }
-PTBXL_COLUMNS = ("ecg_id", "patient_id", "scp_codes", "strat_fold", "filename_hr")
-LABELS = {"0": 0, "1": 1, "False": 0, "True": 1, "FALSE": 0, "TRUE": 1, "false": 0, "true": 1}
+DATABASE, STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
 NOT_CLASSES = ("record", "ecg_id", "patient_id", "fold")    # of a custom table's columns
+LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+FOLDS = {f"{fold}{end}": fold for fold in range(1, 11) for end in ("", ".0")}
 UNKNOWN = r"(nan?|n/a|<na>|none|null|-\d+(\.0)?)?"      # patient_id: each record is its own
 PREPROCESSING = ("filter", "zscore", "raw")
-
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
 MICROVOLTS = rb"/(\xc2\xb5|\xce\xbc|\xb5)[vV]"  # micro sign or Greek mu, in UTF-8 or Latin-1
 MAX_MILLIVOLTS = 1e4            # an ECG's amplitude is about 1; the largest float16 is 65504
 MIN_FS, MAX_FS = 50, 100_000    # Hz, limits for resampling
-BASELINE_WINDOW = 201           # samples of the running median, 0.4 s
-LAYOUT = 4          # version of the cache format; caches of other versions are ignored
-CHUNK = 32          # records that are read before their rows are marked
-DATABASE, STATEMENTS, SUMS = "ptbxl_database.csv", "scp_statements.csv", "SHA256SUMS.txt"
+LAYOUT = 5          # version of the cache; those of other versions are not used
 URL = ("https://physionet.org/static/published-projects/ptb-xl/"
        "ptb-xl-a-large-publicly-available-electrocardiography-dataset-1.0.3.zip")
 
 
 class InputError(ValueError):
-    """Unusable user input; the message says what was found, what was wanted and what to do."""
-
-
-def line_of(error):
-    """An error as one line for the user; for a system error, the file and the reason."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    line = f"{error.filename or 'the system'}: {error.strerror.lower()}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        line += "; make room, and run the same command again"
-    return line
-
-
-# ------------------------------------------------------------------------------------------- tables
-
-class Table(NamedTuple):
-    """The table of a dataset: ptbxl_database.csv, or a custom one."""
-    path: Path
-    rows: list              # a dict for each record
-    ecg_id: np.ndarray      # (N,) int64, or str where they are not whole numbers
-    records: list           # N paths of WFDB records, relative to the dataset's folder
-
-    def bad_cell(self, i, column, wanted):
-        return InputError(f"{self.path}: row {i + 2}: {column} is {self.rows[i][column][:40]!r}; "
-                          f"wanted {wanted}")
-
-
-def is_own(task):
-    """Whether a task is a custom .csv table."""
-    return str(task).lower().endswith(".csv")
-
-
-def check_task(task):
-    if not is_own(task) and task not in TASKS:
-        from difflib import get_close_matches
-        near = "".join(f" did you mean {name}?" for name in get_close_matches(str(task), TASKS, 1))
-        raise InputError(f"task {task!r} is unknown;{near} wanted one of {', '.join(TASKS)}, or a "
-                         ".csv table")
-
-
-def read_table(root, task):
-    """All records of a dataset, with or without a label of the task. Raises InputError for a table
-    that is missing or malformed, or that lists a record twice or one outside `root`."""
-    check_task(task)
-    path, record, columns = Path(root, DATABASE), "filename_hr", PTBXL_COLUMNS
-    if is_own(task):
-        path, record, columns = Path(task), "record", ["record"]
-    rows = read_csv(path, columns)
-    for row in rows:
-        row[record] = strip_extension(row[record].strip())
-    column = "ecg_id" if "ecg_id" in rows[0] else record
-    ecg_id = identifiers([cell_of(row, column) for row in rows])
-    table = Table(path, rows, ecg_id, [row[record] for row in rows])
-    for i, name in enumerate(table.records):
-        if "ecg_id" in rows[i] and not cell_of(rows[i], "ecg_id"):
-            raise table.bad_cell(i, "ecg_id", "an id for each record")
-        if not name or os.path.isabs(name) or ".." in Path(name).parts:
-            raise table.bad_cell(i, record, f"a path inside {root}, relative to it")
-    for what, values in (("record", table.records), ("ecg_id", table.ecg_id.tolist())):
-        value, count = Counter(values).most_common(1)[0]
-        if count > 1:
-            raise InputError(f"{path}: {what} {value} appears twice; wanted one row per record")
-    return table
-
-
-def read_csv(path, columns):
-    """The rows of a csv file as dicts. Raises InputError where it is missing, empty, damaged or
-    lacks one of `columns`."""
-    fetch = ""
-    if path.name in (DATABASE, STATEMENTS):
-        fetch = ("; is --data PTB-XL's folder? `python data.py --download --data "
-                 f"{path.parent}` fetches it")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            names = [name.strip() for name in next(csv.reader(f), [])]
-            rows = list(csv.DictReader(f, names))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror.lower()}; wanted a table of records"
-                         f"{fetch}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a csv file in UTF-8 ({error}); save it as one"
-                         f"{fetch}") from None
-    lacking = [column for column in columns if column not in names]
-    if lacking or len(set(names)) < len(names):
-        what = f"has no column {lacking[0]!r}" if lacking else "has a column name twice"
-        raise InputError(f"{path}: {what} (it has {', '.join(names)[:200]}); wanted "
-                         f"{', '.join(map(repr, columns))}, separated by commas{fetch}")
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise InputError(f"{path}: row {number} does not have {len(names)} fields{fetch}")
-    if not rows:
-        raise InputError(f"{path}: has no rows{fetch}")
-    return rows
-
-
-def identifiers(cells):
-    """Names or numbers -> (N,) int64 where all are whole numbers, else str."""
-    if all(re.fullmatch(r"-?(0|[1-9]\d{0,14})", cell) for cell in cells):
-        return np.array(list(map(int, cells)))
-    return np.array(cells)
-
-
-def patients_of(rows):
-    """The column patient_id as `identifiers`; each unknown one gets a negative number of its own.
-    """
-    cells = [cell_of(row, "patient_id") for row in rows]
-    return identifiers([str(-1 - i) if is_unknown(cell) else cell for i, cell in enumerate(cells)])
-
-
-def is_unknown(patient):
-    return re.fullmatch(UNKNOWN, str(patient), re.IGNORECASE) is not None
-
-
-def cell_of(row, column):
-    """A cell without spaces around it, and a whole number without the ".0" that pandas adds."""
-    return re.sub(r"^(-?\d+)\.0$", r"\1", row[column].strip())
+    """Unusable input; the message says what was found, what was wanted and what to do."""
 
 
 # ------------------------------------------------------------------------------------------- labels
 
 class Labels(NamedTuple):
-    ecg_id: np.ndarray      # (N,) int64 or str
+    ecg_id: np.ndarray      # (N,) int64, or str where they are not whole numbers
     record: np.ndarray      # (N,) str: paths of WFDB records, relative to the dataset's folder
     row: np.ndarray         # (N,) int64: place in the table and in the cache
     patient_id: np.ndarray  # (N,) int64 or str; a negative number where the patient is unknown
-    fold: np.ndarray        # (N,) int64, 1 to 10
+    fold: np.ndarray        # (N,) int64: 1-8 train, 9 validates, 10 tests
     y: np.ndarray           # (N, L) uint8
     classes: list           # L names
 
@@ -201,181 +83,208 @@ class Labels(NamedTuple):
         """The records that an index or a mask selects."""
         return Labels(*(field[chosen] for field in self[:-1]), self.classes)
 
-    def of_patients(self, records):
-        """(N,) bool: the records of patients with at least one of `records`, a list of names."""
-        return np.isin(self.patient_id, self.patient_id[np.isin(self.record, records)])
 
+def load_labels(root, task, unlabelled=False):
+    """The records of a task as Labels, from csv files alone; `unlabelled`: also those of PTB-XL
+    without a label of the task. Raises InputError for an unknown task or a bad table.
 
-def load_labels(root, task):
-    """The records of a task as Labels, from csv files alone. Raises InputError for an unknown task
-    and for files that are missing or malformed.
-
-    task: one of TASKS, with PTB-XL in the folder `root`, or a custom table with a header row:
-    `record` (a WFDB record's path without extension, relative to `root`), optionally `ecg_id`,
-    `patient_id` and `fold` (1-8 train, 9 validates, 10 tests); every other column is a class, of
-    0 and 1. Without `fold`, each patient is assigned to one of ten folds by a hash.
+    task: one of TASKS, with PTB-XL in the folder `root`, or a table of your own (.csv): `record` (a
+    WFDB record's path without extension, relative to `root`), optionally `ecg_id`, `patient_id` and
+    `fold`; every other column is a class, of 0 and 1. Without `fold`, a hash deals each patient to
+    one of ten folds, the same in every table.
     """
-    table, own = read_table(root, task), is_own(task)
-    patient_id, fold, y, classes = (read_own_labels(table) if own else
-                                    read_ptbxl_labels(root, task, table))
-    labels = Labels(table.ecg_id, np.array(table.records), np.arange(len(y)), patient_id, fold, y,
-                    classes)
-    return labels if own else labels.take(labels.y.any(1))
+    path, table = read_table(root, task)
+    y, classes = own_classes(path, table) if is_own(task) else ptbxl_classes(path, table, task)
+    patients = [who or str(-1 - i) for i, who in enumerate(table["patient_id"])]
+    labels = Labels(identifiers(table["ecg_id"]), np.array(table["record"]), np.arange(len(y)),
+                    identifiers(patients), np.array(table["fold"]), y, classes)
+    return labels if is_own(task) or unlabelled else labels.take(y.any(1))
 
 
-def read_ptbxl_labels(root, task, table):
-    """Protocol of Strodthoff et al. (2021): a statement counts as present whatever its likelihood,
-    0 included; records without any label of the task are left out. The classes are all those of the
-    task in scp_statements.csv, sorted, whether or not any record has them."""
-    class_of = read_classes(root, task)
-    classes = sorted(set(class_of.values()) - {None})
-    place = {name: c for c, name in enumerate(classes)}
-    y = np.zeros((len(table.rows), len(classes)), np.uint8)
-    for i in range(len(table.rows)):
-        for code in read_codes(table, i):
-            if code not in class_of:
-                raise table.bad_cell(i, "scp_codes", f"statements of {STATEMENTS}, which has no "
-                                     f"{str(code)[:40]!r}; fetch both files again")
-            if class_of[code] is not None:
-                y[i, place[class_of[code]]] = 1
-    return patients_of(table.rows), read_folds(table, "strat_fold"), y, classes
+def read_table(root, task):
+    """(path, {column: cells}) of a dataset's table, with the columns record, ecg_id, patient_id
+    (empty where unknown) and fold, however it names them or if it lacks them."""
+    path, needed = Path(root, DATABASE), ["filename_hr", "strat_fold", "patient_id", "scp_codes"]
+    if is_own(task):
+        path, needed = Path(task), ["record"]
+    elif task not in TASKS:
+        raise InputError(f"task {task!r} is unknown; wanted one of {', '.join(TASKS)}, or a .csv "
+                         "table")
+    table = read_csv(path, needed)
+    records = [posixpath.normpath(strip_extension(cell)) for cell in table[needed[0]]]
+    ids = [plain_id(cell) for cell in table.get("ecg_id", records)]
+    patients = [plain_id(cell) for cell in table.get("patient_id", [""] * len(records))]
+    patients = ["" if is_unknown(who) else who for who in patients]
+    for i, name in enumerate(records):
+        if name.startswith(("/", "..")) or name == ".":
+            raise InputError(f"{path}: row {i + 2}: {needed[0]} is {name!r}; wanted a path inside "
+                             f"{root}, relative to it")
+    for column, names in ((needed[0], records), ("ecg_id", ids)):
+        (name, count), = Counter(names).most_common(1)
+        if count > 1 or "" in names:
+            raise InputError(f"{path}: {column} {name!r} stands {count} times; wanted one row with "
+                             "a name per record")
+    fold = "fold" if is_own(task) else "strat_fold"
+    if fold in table:
+        wanted = "1 to 10 (1-8 train, 9 validates, 10 tests)"
+        folds = translate(path, fold, table[fold], FOLDS, wanted)
+    else:   # by a hash, so that a patient is in the same fold in every table and on every machine
+        folds = [1 + zlib.crc32((who or name).encode()) % 10
+                 for who, name in zip(patients, records)]
+    return path, {**table, "record": records, "ecg_id": ids, "patient_id": patients, "fold": folds}
 
 
-def read_classes(root, task):
-    """scp_statements.csv -> {statement: its class in the task, None where it has none}."""
-    flag, name = TASKS[task]
-    columns, class_of = sorted({STATEMENT, flag or name, name}), {}
-    for row in read_csv(Path(root, STATEMENTS), columns):
-        flagged = flag is None or row[flag].strip() in ("1", "1.0")
-        class_of[row[STATEMENT]] = (row[name] or None) if flagged else None
-    return class_of
+def is_own(task):
+    return str(task).lower().endswith(".csv")
 
 
-def read_codes(table, i):
-    """A record's statements: PTB-XL stores them as a Python dict {statement: likelihood}."""
+def read_csv(path, needed):
+    """A csv file with a header -> {column: its cells, without spaces around them}."""
+    names, rows = [], []
     try:
-        return {**ast.literal_eval(table.rows[i]["scp_codes"])}  # TypeError for what is no dict
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        raise table.bad_cell(i, "scp_codes", "a dict such as {'NORM': 100.0}") from None
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            names, *rows = [[cell.strip() for cell in row] for row in csv.reader(f) if row] or [[]]
+        ragged = [i for i, row in enumerate(rows, 2) if len(row) != len(names)]
+        problem = f"row {ragged[0]} does not have {len(names)} cells" if ragged else ""
+        if not rows or len({*names}) < len(names) or not {*needed} <= {*names}:
+            problem = (f"has {len(rows)} rows and the columns {', '.join(names)[:200]}; wanted "
+                       f"{', '.join(map(repr, needed))}, and none twice")
+    except FileNotFoundError:
+        problem = "no such file"
+    except (UnicodeDecodeError, csv.Error) as error:
+        problem = f"not a csv file in UTF-8 ({error}); save it as one"
+    if problem and path.name in (DATABASE, STATEMENTS):
+        problem += (f" (is --data PTB-XL's folder? `python data.py --download --data {path.parent}`"
+                    " fetches it)")
+    if problem:
+        raise InputError(f"{path}: {problem}")
+    return dict(zip(names, zip(*rows)))
 
 
-def read_folds(table, column):
-    cells, folds = [cell_of(row, column) for row in table.rows], list(map(str, range(1, 11)))
-    for i, cell in enumerate(cells):
-        if cell not in folds:
-            raise table.bad_cell(i, column, "a fold, 1 to 10 (1-8 train, 9 validates, 10 tests)")
-    return np.array(cells, np.int64)
+def translate(path, column, cells, values, wanted):
+    """The cells of a column by the dict `values`. Raises InputError for the first unknown one."""
+    found = [values.get(cell.lower()) for cell in cells]
+    if None in found:
+        i = found.index(None)
+        raise InputError(f"{path}: row {i + 2}: {column} is {cells[i][:40]!r}; wanted {wanted}")
+    return found
 
 
-def read_own_labels(table):
-    columns = list(table.rows[0])
-    classes = [column for column in columns if column not in NOT_CLASSES]
-    if not classes:
-        raise InputError(f"{table.path}: has no class; wanted, besides {', '.join(columns)}, a "
-                         "column of 0 and 1 for each class")
-    if "" in classes:
-        raise InputError(f"{table.path}: column {columns.index('') + 1} has no name; wanted one "
-                         "for each class (pandas: to_csv(..., index=False))")
-    y = np.empty((len(table.rows), len(classes)), np.uint8)
-    for i, row in enumerate(table.rows):
-        for c, name in enumerate(classes):
-            cell = row[name] if row[name] in LABELS else cell_of(row, name)
-            if cell not in LABELS:
-                raise table.bad_cell(i, name, "0 or 1, as every column is a class except "
-                                     f"{', '.join(NOT_CLASSES)}")
-            y[i, c] = LABELS[cell]
-    rows = [{"patient_id": "", **row} for row in table.rows]    # unknown without such a column
-    people = [cell_of(row, "patient_id") for row in rows]
-    people = [row["record"] if is_unknown(who) else who for row, who in zip(rows, people)]
-    # By a hash, so that a patient is in the same fold in every table and on every machine.
-    dealt = np.array([1 + zlib.crc32(name.encode()) % 10 for name in people])
-    folds = read_folds(table, "fold") if "fold" in columns else dealt
-    return patients_of(rows), folds, y, classes
+def strip_extension(path):
+    return re.sub(r"\.(hea|dat|mat)$", "", str(path))
+
+
+def plain_id(cell):
+    """A number without the ".0" that pandas adds."""
+    return re.sub(r"^(-?\d+)\.0$", r"\1", cell)
+
+
+def is_unknown(patient):
+    return re.fullmatch(UNKNOWN, str(patient), re.IGNORECASE) is not None
+
+
+def identifiers(cells):
+    """(N,) int64 where all are whole numbers, else str."""
+    whole = all(re.fullmatch(r"-?(0|[1-9]\d{0,14})", cell) for cell in cells)
+    return np.array(list(map(int, cells)) if whole else cells)
+
+
+def ptbxl_classes(path, table, task):
+    """(y, classes) by the protocol of Strodthoff et al. (2021): a statement counts as present
+    whatever its likelihood, 0 included; the classes are all those of the task, sorted."""
+    flag, name = TASKS[task]
+    columns = read_csv(path.with_name(STATEMENTS), ["", flag or "", name])
+    flags = columns[flag] if flag else itertools.repeat("1")
+    class_of = {statement: kind * (flagged in ("1", "1.0"))     # "" where it has none
+                for statement, kind, flagged in zip(columns[""], columns[name], flags)}
+    classes = sorted({*class_of.values()} - {""})
+    place = {name: c for c, name in enumerate(classes)}
+    y = np.zeros((len(table["scp_codes"]), len(classes)), np.uint8)
+    for i, cell in enumerate(table["scp_codes"]):
+        try:
+            found = [class_of[code] for code in {**ast.literal_eval(cell)}]
+        except (KeyError, TypeError, ValueError, SyntaxError, MemoryError, RecursionError):
+            raise InputError(f"{path}: row {i + 2}: scp_codes is {cell[:40]!r}; wanted statements "
+                             f"of {STATEMENTS}, such as {{'NORM': 100.0}}; fetch both files again"
+                             ) from None
+        y[i, [place[kind] for kind in found if kind]] = 1
+    return y, classes
+
+
+def own_classes(path, table):
+    """(y, classes) of a custom table."""
+    classes, known = [name for name in table if name not in NOT_CLASSES], ", ".join(NOT_CLASSES)
+    if not classes or "" in classes:
+        raise InputError(f"{path}: has the columns {', '.join(table)}; wanted, besides {known}, a "
+                         "column of 0 and 1 for each class, with its name (pandas: to_csv(..., "
+                         "index=False))")
+    wanted = f"0 or 1, as every column is a class except {known}"
+    y = [translate(path, name, table[name], LABELS, wanted) for name in classes]
+    return np.array(y, np.uint8).T, classes
 
 
 def subset(index, frac, seed):
     """A random fraction of the records `index` (n,), sorted: max(1, floor(frac n + 0.5)) of them,
-    drawn with `seed`.
-
-    Nested: with the same index and seed, a smaller fraction is a subset of every larger one. Raises
-    InputError unless 0 < frac <= 1.
+    drawn with `seed`. With one index and seed, a smaller fraction is a subset of every larger one.
     """
     if not 0 < frac <= 1:
         raise InputError(f"the fraction is {frac}; wanted 0 < fraction <= 1")
-    index = np.sort(np.asarray(index))
-    chosen = np.random.RandomState(seed).permutation(index)[:max(1, int(frac * len(index) + 0.5))]
-    return np.sort(chosen)
+    order = np.random.RandomState(seed).permutation(np.sort(index))
+    return np.sort(order[:max(1, int(frac * len(order) + 0.5))])
 
 
 # ------------------------------------------------------------------------------------------ records
 
 def parse_leads(text):
-    """"v1,II" -> ("II", "V1"), in the order of LEADS. Raises InputError for an unknown name."""
-    asked, known = text.split(","), {lead.lower(): lead for lead in LEADS}
-    unknown = [name for name in asked if name.strip().lower() not in known]
+    """"v1,II" -> ("II", "V1"), in the order of LEADS."""
+    asked = [name.strip().lower() for name in text.split(",")]
+    unknown = [name for name in asked if name not in map(str.lower, LEADS)]
     if unknown:
         raise InputError(f"--leads {text}: {unknown[0]!r} is unknown; wanted some of "
                          f"{','.join(LEADS)}")
-    return tuple(sorted({known[name.strip().lower()] for name in asked}, key=LEADS.index))
-
-
-def strip_extension(path):
-    """A record's path without the extension of one of its files."""
-    return re.sub(r"\.(hea|dat|mat)$", "", str(path))
+    return tuple(lead for lead in LEADS if lead.lower() in asked)
 
 
 def read_record(path, leads=LEADS):
-    """A WFDB record (path without extension) -> float32 (leads, n) in millivolts, and its
-    sampling rate in Hz.
-
-    Leads are found by name, whatever their case and order; others are dropped; other units of
-    voltage are converted. Samples marked as missing are NaN. Raises InputError naming the path and
-    what is wrong.
-    """
+    """A WFDB record (path without extension) -> float32 (leads, n) in millivolts, and its sampling
+    rate in Hz. Leads are found by name, whatever their case and order; other units of voltage are
+    converted; missing samples are NaN. Raises what wfdb raises, and InputError for a record without
+    samples or a lead, or in a unit that is no voltage."""
     import wfdb
-    try:
-        record = wfdb.rdrecord(str(path))
-        signal, names, units, fs = record.p_signal, record.sig_name, record.units, float(record.fs)
-        if re.search(MICROVOLTS, Path(f"{path}.hea").read_bytes()):  # wfdb drops the micro sign
-            units = ["uV" if unit in ("V", "v") else unit for unit in units]
-    except Exception as error:  # wfdb raises almost anything for a malformed header or short file
-        known = isinstance(error, OSError) and error.strerror
-        reason = line_of(error) if known else f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: cannot be read as a WFDB record ({reason}); wanted its .hea "
-                         "header and the signal file it names") from None
-    n = 0 if signal is None else len(signal)
-    if not n or not fs > 0:
-        raise InputError(f"{path}: has {n} samples at {fs:g} Hz; wanted an ECG")
-    row = {(name or "").strip().lower(): i for i, name in reversed(list(enumerate(names)))}
-    missing = [lead for lead in leads if lead.lower() not in row]
+    record = wfdb.rdrecord(str(path))
+    units = record.units
+    if re.search(MICROVOLTS, Path(f"{path}.hea").read_bytes()):     # wfdb drops the micro sign
+        units = ["uV" if unit in ("V", "v") else unit for unit in units]
+    if record.p_signal is None or not len(record.p_signal):
+        raise InputError(f"{path}: has no samples; wanted an ECG")
+    place = {name.strip().lower(): i for i, name in reversed([*enumerate(record.sig_name)])}
+    missing = [lead for lead in leads if lead.lower() not in place]
     if missing:
-        raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(map(str, names))}); "
+        raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(record.sig_name)}); "
                          f"wanted {', '.join(leads)}; --leads trains on fewer")
-    rows = [row[lead.lower()] for lead in leads]
-    scale = [MILLIVOLTS.get((units[i] or "").strip().lower()) for i in rows]
+    rows = [place[lead.lower()] for lead in leads]
+    scale = [MILLIVOLTS.get(units[i].strip().lower()) for i in rows]
     if None in scale:
-        i = rows[scale.index(None)]
-        raise InputError(f"{path}: lead {names[i]} is in {units[i]!r}, which is not a voltage; "
-                         "wanted mV, uV, nV or V")
-    return (signal[:, rows] * np.array(scale)).T.astype(np.float32), fs
+        raise InputError(f"{path}: is in {', '.join(units)}; wanted mV, uV, nV or V")
+    return (record.p_signal[:, rows] * np.array(scale)).T.astype(np.float32), float(record.fs)
 
 
 def preprocess(signal, fs, how="filter"):
-    """(leads, n) in millivolts at `fs` Hz -> float32 (leads, 5000): 10 s at 500 Hz, shorter records
-    zero-padded at the end.
+    """(leads, n) in millivolts at `fs` Hz -> float32 (leads, 5000): the first 10 s at 500 Hz,
+    zero-padded at the end if shorter.
 
     how: "filter" (`remove_noise`, then z-score over all leads at once), "zscore" (the last step
-    alone) or "raw" (millivolts). First, missing samples (NaN) are interpolated, other sampling
-    rates resampled and what is beyond 10 s is cut off. Flat records normalize to zeros. Raises
-    InputError for what is not an ECG: wrong shape, too short to filter, infinite or huge samples.
+    alone) or "raw" (millivolts). First, missing samples (NaN) are interpolated. Flat records
+    normalize to zeros. Raises InputError for what is not an ECG in millivolts.
     """
     x = np.asarray(signal)
-    check_preprocessing(how)
-    if x.ndim != 2 or not x.size or not 0 < fs < np.inf:
-        raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (leads, n) at a positive "
-                         "rate")
+    if how not in PREPROCESSING:
+        raise InputError(f"preprocessing {how!r}: wanted one of {', '.join(PREPROCESSING)}")
+    if x.ndim != 2 or not x.size or not MIN_FS <= fs <= MAX_FS:
+        raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (leads, n) at {MIN_FS} "
+                         f"to {MAX_FS} Hz")
     seconds = 10 if fs == FS else 11    # one more for the filter that resamples
-    x = x[:, :math.ceil(seconds * min(fs, MAX_FS))].astype(np.float64)
+    x = x[:, :math.ceil(seconds * fs)].astype(np.float64)
     if not np.abs(x[~np.isnan(x)]).max(initial=0) <= MAX_MILLIVOLTS:
         raise InputError(f"a signal with infinite samples, or some beyond {MAX_MILLIVOLTS:g} mV; "
                          "wanted an ECG in millivolts")
@@ -383,7 +292,7 @@ def preprocess(signal, fs, how="filter"):
     if how == "filter":
         x = remove_noise(x)
     if how != "raw":
-        std = x.std()  # the 1e-8 is from ECGFounder's own preprocessing
+        std = x.std()   # the 1e-8 is from ECGFounder's own preprocessing
         x = (x - x.mean()) / (std + 1e-8) if std >= 1e-6 else np.zeros_like(x)
     return np.pad(x.astype(np.float32), ((0, 0), (0, SAMPLES - x.shape[1])))
 
@@ -391,13 +300,10 @@ def preprocess(signal, fs, how="filter"):
 def fill_gaps(lead):
     """One lead (n,) with its missing samples (NaN) filled: by linear interpolation, at the ends by
     the nearest value, with zeros if all are missing."""
-    missing = np.isnan(lead)
-    if not missing.any():
-        return lead
-    if missing.all():
-        return np.zeros_like(lead)
-    time = np.arange(len(lead))
-    return np.interp(time, time[~missing], lead[~missing])
+    there = ~np.isnan(lead)
+    if there.all() or not there.any():
+        return np.where(there, lead, 0)
+    return np.interp(np.arange(len(lead)), np.flatnonzero(there), lead[there])
 
 
 def resample(x, fs):
@@ -405,8 +311,6 @@ def resample(x, fs):
     from scipy.signal import resample_poly
     if fs == FS:
         return x
-    if not MIN_FS <= fs <= MAX_FS:
-        raise InputError(f"a sampling rate of {fs} Hz; wanted {MIN_FS} to {MAX_FS} Hz")
     ratio = Fraction(FS / fs).limit_denominator(1000)
     # Beyond its ends a lead is extended along the line through its first and last samples, as
     # zeros there would make a step.
@@ -417,384 +321,180 @@ def resample(x, fs):
 def remove_noise(x):
     """(leads, n) at 500 Hz -> the same, filtered as ECGFounder's training data were: zero-phase 50
     Hz notch (Q 30); zero-phase Butterworth band-pass of order 4, 0.67-40 Hz; minus the running
-    median of 0.4 s."""
+    median of 0.4 s. Raises ValueError for what is too short to filter."""
     from scipy import ndimage, signal as dsp
-    if x.shape[1] < BASELINE_WINDOW:
-        raise InputError(f"a signal of {x.shape[1] / FS:g} s; wanted at least "
-                         f"{BASELINE_WINDOW / FS:g} s to filter it")
     x = dsp.filtfilt(*dsp.iirnotch(50, 30, FS), x)
     x = dsp.sosfiltfilt(dsp.butter(4, (0.67, 40), "bandpass", fs=FS, output="sos"), x)
     # One lead at a time: SciPy's fast running median is the one for 1-D arrays.
-    return x - [ndimage.median_filter(lead, BASELINE_WINDOW, mode="constant") for lead in x]
-
-
-def check_preprocessing(how):
-    if how not in PREPROCESSING:
-        raise InputError(f"preprocessing {how!r} is unknown; wanted one of "
-                         f"{', '.join(PREPROCESSING)}")
+    return x - [ndimage.median_filter(lead, 201, mode="constant") for lead in x]
 
 
 def load_windows(path, how="filter", leads=LEADS, windows=None):
-    """The consecutive 10 s windows of a record -> float16 (windows, leads, 5000); the cache holds
-    the first. A remainder of less than 10 s is dropped, unless it is all there is. `windows` caps
-    their number. Raises InputError naming the path.
-    """
+    """The consecutive 10 s windows of a record -> float16 (windows, leads, 5000), `windows` at
+    most; the cache holds the first. A remainder of less than 10 s is dropped, unless it is all
+    there is."""
     signal, fs = read_record(path, leads)
     whole = max(1, int(signal.shape[1] / fs / 10 + 1e-6))
     starts = [round(10 * fs * i) for i in range(min(whole, windows or whole))]
+    return np.stack([preprocess(signal[:, i:], fs, how).astype(np.float16) for i in starts])
+
+
+def try_record(root, how, leads, record, windows=1):
+    """(`load_windows`, None), or (None, why the record cannot be read)."""
     try:
-        return np.stack([preprocess(signal[:, i:], fs, how).astype(np.float16) for i in starts])
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        return load_windows(Path(root, record), how, leads, windows), None
+    except Exception as error:  # wfdb raises almost anything for a malformed header or short file
+        known = isinstance(error, InputError) or getattr(error, "strerror", None)
+        reason = line_of(error) if known else " ".join(repr(error).split())
+        return None, (f"{Path(root, record)}: cannot be read as a WFDB record, a .hea header and "
+                      f"the signal file that it names ({reason})")
 
 
 # -------------------------------------------------------------------------------------------- cache
 
-class Cache(NamedTuple):
-    """The files of a cache; their name identifies what it was made of."""
-    array: Path         # float16 (N, leads, 5000), once every record has been tried
-    part: Path          # the array until then
-    marks: Path         # bool (N,): which rows hold their record; set once a row is written
-    plan: Path          # what the array is made of, as JSON
-    unreadable: Path    # csv of the records that could not be read
+def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unreadable=False,
+                wait=False):
+    """Preprocess `records` (paths relative to `root`) once -> (path of the array, {record: why it
+    cannot be read}), at once if it is there. The .json beside it says what it is made of.
 
-    def open(self, plan, array=None):
-        """(signals, marks), read only; None where one is missing or damaged."""
-        try:
-            signals, marks = (np.load(p, mmap_mode="r") for p in (array or self.array, self.marks))
-        except (OSError, ValueError, EOFError):
-            return None
-        whole = list(signals.shape) == plan["shape"] and marks.shape == signals.shape[:1]
-        whole &= signals.dtype == np.float16 and marks.dtype == bool
-        return (signals, marks) if whole else None
-
-    def left_out(self):
-        """A line on the records that could not be read, None where there are none."""
-        marks = np.load(self.marks)
-        if marks.all():
-            return None
-        return (f"{np.sum(~marks)} of {len(marks)} records cannot be read and are left out, see "
-                f"{self.unreadable}")
-
-
-def find_cache(root, task="all71", how="filter", leads=LEADS):
-    """(Cache, its plan: what it is made of, as plain data), whether or not it is there."""
-    check_preprocessing(how)
-    table = read_table(root, task)
-    plan = {"layout": LAYOUT, "preprocessing": how, "leads": list(leads), "fs": FS,
-            "shape": [len(table.rows), len(leads), SAMPLES], "ecg_ids": table.ecg_id.tolist(),
-            "records": table.records}
-    name = f"{how}-{zlib.crc32(json.dumps(plan).encode()):08x}"
-    ends = (".npy", ".part.npy", ".marks.npy", ".json", ".unreadable.csv")
-    return Cache(*(Path(root, "cache", name + end) for end in ends)), plan
-
-
-def build_cache(root, task="all71", how="filter", leads=LEADS, workers=None,
-                skip_unreadable=False):
-    """Preprocess every record of the dataset's table once into an array in <root>/cache; returns
-    the Cache.
-
-    Returns at once if the cache is up to date. A killed build, when restarted, resumes where it
-    stopped and ends with the same bytes. Unreadable records are listed and the rest is cached; then
-    InputError is raised, unless `skip_unreadable` accepts a cache without them; a build without it
-    tries them again. Later changes to a record's files are not noticed: delete the cache folder.
+    Records that cannot be read raise InputError, once all others are cached, unless
+    `skip_unreadable`. Changed records are not noticed: delete the cache. wait: for another process
+    to build it.
     """
-    cache, plan = find_cache(root, task, how, leads)
-    found, folder = cache.open(plan), cache.array.parent
-    if found and (skip_unreadable or found[1].all()):
-        return cache
-    if not Path(root).is_dir():
-        raise InputError(f"{root}: no such folder; wanted the dataset's, give it with --data")
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror.lower()}; the cache is kept there, remove "
-                         "what is in the way, or use a writable folder with links to the "
-                         "data") from None
-    with locked(folder, [f"{cache.array.stem}.*"]):  # a second build waits here for the first
-        # A complete cache that lacks unreadable records is filled in place.
-        array = cache.array if cache.open(plan) else cache.part
-        unreadable = fill(cache, array, plan, root, workers or os.cpu_count())
-        if unreadable:
-            write_atomically(cache.unreadable, lambda path: write_listing(path, unreadable))
-            if not skip_unreadable:
-                raise InputError(f"{unreadable[0][2]}; all {len(unreadable)} records that cannot "
-                                 f"be read are listed in {cache.unreadable}, the others are "
-                                 "cached; fix them and run this again, or leave them out with "
-                                 "--skip-unreadable")
-        else:
-            cache.unreadable.unlink(missing_ok=True)
-        os.replace(array, cache.array)
-    return cache
+    made_of = {"layout": LAYOUT, "preprocessing": how, "leads": list(leads), "fs": FS,
+               "records": list(map(str, records))}
+    path = Path(root, "cache", f"{how}-{zlib.crc32(json.dumps(made_of).encode()):08x}.npy")
+    about = path.with_suffix(".json")
+    while wait and not path.exists():
+        time.sleep(1)
+    if not (path.exists() and about.exists()):
+        if not Path(root).is_dir():
+            raise InputError(f"{root}: no such folder; wanted the dataset's, give it with --data")
+        path.parent.mkdir(exist_ok=True)
+        with whole_file(path) as f:
+            unreadable = write_signals(f, root, made_of, workers or os.cpu_count())
+            with whole_file(about) as g:
+                g.write(json.dumps({**made_of, "unreadable": unreadable}, indent=1).encode())
+    unreadable = json.loads(about.read_text())["unreadable"]
+    if unreadable and not skip_unreadable:
+        raise InputError(f"{next(iter(unreadable.values()))}; {len(unreadable)} of {len(records)} "
+                         f"records cannot be read, {about} lists them: mend them and delete {path},"
+                         " or leave them out with --skip-unreadable")
+    return path, unreadable
 
 
-def read_rows(root, plan, rows):
-    """[(row, its signal, why it cannot be read)]; one of the last two is None."""
-    results = []
-    for row in rows:
-        path, signal, why = Path(root, plan["records"][row]), None, None
-        try:
-            signal = load_windows(path, plan["preprocessing"], plan["leads"], 1)[0]
-        except InputError as error:
-            why = str(error)
-        results.append((row, signal, why))
-    return results
-
-
-def fill(cache, array, plan, root, workers):
-    """Write the rows of the file `array` that are not marked; returns [(ecg_id, record, why it
-    cannot be read)]."""
+def write_signals(f, root, made_of, workers):
+    """Write the signals of all records to the file `f` as a .npy array, in order, zeros for those
+    that cannot be read -> {record: why not}."""
     import scipy.ndimage, scipy.signal, wfdb  # noqa: E401,F401  once, not in every worker
-    if cache.open(plan, array) is None:
-        begin_cache(cache, plan)
-    marks = np.lib.format.open_memmap(cache.marks, "r+")
-    todo = np.flatnonzero(~marks).tolist()
-    processes = min(workers, math.ceil(len(todo) / CHUNK))
-    loader = torch.utils.data.DataLoader(
-        todo, CHUNK, collate_fn=partial(read_rows, root, plan), worker_init_fn=end_with_parent,
-        num_workers=processes if processes > 1 else 0)
-    start = np.load(array, mmap_mode="r").offset    # where row 0 begins
-    size = 2 * math.prod(plan["shape"][1:])         # bytes of a row
-    bar = tqdm(None, cache.array.stem, len(marks), initial=len(marks) - len(todo), unit="record",
-               disable=None)
-    unreadable = []
-    with bar, open(array, "r+b") as f:
-        for chunk in chunks_of(loader):
-            for row, signal, why in chunk:
-                if why:
-                    unreadable.append((plan["ecg_ids"][row], plan["records"][row], why))
-                    continue
-                f.seek(start + row * size)
-                f.write(signal.tobytes())  # with a memory map, a full disk would kill the process
-            f.flush()
-            os.fsync(f.fileno())
-            marks[[row for row, _, why in chunk if not why]] = True
-            marks.flush()
-            bar.update(len(chunk))
+    records, how, leads = (made_of[key] for key in ("records", "preprocessing", "leads"))
+    shape, unreadable = (len(records), len(leads), SAMPLES), {}
+    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(f, header)
+    read, ignore = partial(try_record, root, how, leads), (signal.SIGINT, signal.SIG_IGN)
+    try:
+        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore) as pool:
+            pool.submit(os.getpid)      # the workers are forked before the bar has a thread
+            bar = tqdm(None, "cache", len(records), unit="record", disable=None)
+            for i in range(0, len(records), 128 * workers):     # finished ones stay in memory
+                part = records[i:i + 128 * workers]
+                for record, (windows, why) in zip(part, pool.map(read, part, chunksize=8)):
+                    f.write(bytes(2 * len(leads) * SAMPLES) if why else windows.tobytes())
+                    unreadable.update({record: why} if why else {})
+                    bar.update()
+            bar.close()
+    except BrokenProcessPool:
+        raise InputError("a worker was killed, perhaps because memory ran out; run `python data.py`"
+                         " with fewer --workers") from None
     return unreadable
 
 
-def end_with_parent(worker):
-    """In a worker: exit as soon as the parent process does. The DataLoader's own check does not
-    help a worker blocked in sending, as its siblings keep the pipe open."""
-    def watch():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def chunks_of(loader):
-    try:
-        yield from loader
-    except RuntimeError as error:  # how the DataLoader reports it
-        raise InputError(f"a worker was killed, perhaps because memory ran out ({error}); run the "
-                         "same command again, it resumes where it stopped (fewer --workers need "
-                         "less memory)") from None
+def load_records(root, task, how="filter", leads=LEADS, **options):
+    """(Labels, signals): the task's readable records. The signal of record i is
+    signals[labels.row[i]], of the memory-mapped array (N, leads, 5000), which is built if missing.
+    options: those of `build_cache`."""
+    labels = load_labels(root, task, unlabelled=True)
+    path, unreadable = build_cache(root, labels.record, how, leads, **options)
+    if unreadable:
+        print(f"{len(unreadable)} of {len(labels.row)} records cannot be read and are left out, "
+              f"see {path.with_suffix('.json')}")
+    readable = ~np.isin(labels.record, list(unreadable))
+    labelled = is_own(task) | labels.y.any(1)
+    return labels.take(readable & labelled), np.load(path, mmap_mode="r")
 
 
-def begin_cache(cache, plan):
-    """Make an empty array and its marks. Raises InputError if the disk is too full."""
-    cache.marks.unlink(missing_ok=True)
-    cache.part.unlink(missing_ok=True)
-    size, free = 2 * math.prod(plan["shape"]), shutil.disk_usage(cache.part.parent).free
-    if size > free:
-        raise InputError(f"{cache.array}: no space left: it needs {size / 1e9:.2g} GB, "
-                         f"{free / 1e9:.2g} are free; make room and run this again")
-    np.lib.format.open_memmap(cache.part, "w+", np.float16, tuple(plan["shape"]))
-    write_atomically(cache.plan, lambda path: path.write_text(json.dumps(plan)))
-    np.save(cache.marks, np.zeros(plan["shape"][0], bool))
-
-
-def write_listing(path, unreadable):
-    with open(path, "w", newline="") as f:
-        csv.writer(f).writerows([("ecg_id", "record", "reason"), *unreadable])
-
-
-def load_records(root, task, how="filter", leads=LEADS):
-    """(Labels, signals): the task's records that are in the cache. The signal of record i is
-    signals[labels.row[i]], of the memory-mapped array (N, leads, 5000), read only.
-
-    Raises InputError where there is no cache.
-    """
-    labels, (cache, plan) = load_labels(root, task), find_cache(root, task, how, leads)
-    found = cache.open(plan)
-    if found is None:
-        raise InputError(f"{cache.array}: missing or damaged; `python data.py --data {root} --task "
-                         f"{task} --preprocess {how} --leads {','.join(leads)}` builds it")
-    signals, marks = found
-    if not marks.any():
-        raise InputError(f"{root}: none of its {len(marks)} records could be read; the reasons are "
-                         f"in {cache.unreadable}")
-    return labels.take(marks[labels.row]), signals
-
-
-class ECGDataset(torch.utils.data.Dataset):
-    """A task's records of some folds, for a DataLoader: signal (leads, 5000) and y (L,), float32.
-
-        build_cache("ptbxl")
-        train = ECGDataset("ptbxl", "all71", folds=TRAIN_FOLDS)
-    """
-
-    def __init__(self, root, task, folds, how="filter", leads=LEADS):
-        labels, signals = load_records(root, task, how, leads)
-        self.labels = labels.take(np.isin(labels.fold, folds))
-        self.path = signals.filename  # the array itself would be copied to each worker
-
-    def __len__(self):
-        return len(self.labels.row)
-
-    def __getitem__(self, i):
-        signal = np.load(self.path, mmap_mode="r")[self.labels.row[i]].astype(np.float32)
-        return torch.from_numpy(signal), torch.from_numpy(self.labels.y[i].astype(np.float32))
-
-
-def batches(signals, rows, device="cpu"):
-    """For each array of row numbers in `rows`, yield those rows of `signals` as a float32 tensor on
-    `device`.
-
-    signals: a tensor, used on its own device, or the cache's memory map; then a thread reads (for a
-    GPU also pins and copies) the next batch while the caller works on the current one.
-    """
-    if isinstance(signals, torch.Tensor):
-        for index in rows:
-            yield signals.index_select(0, to_device(index, signals.device)).float()
-        return
-
-    def load(index):
-        return to_device(signals[index], device)  # a copy of these rows alone
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = None
-        for index in rows:
-            ahead, batch = pool.submit(load, index), ahead
-            if batch is not None:
-                yield batch.result().float()
-        if ahead is not None:
-            yield ahead.result().float()
-
-
-def to_device(array, device):
-    """An array as a tensor on `device`, without waiting for a busy GPU."""
-    tensor = torch.as_tensor(array)
-    if torch.device(device).type != "cuda":
-        return tensor
-    with torch.cuda.device(device):  # a new thread starts on the first GPU
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-
-# -------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------- files and messages
 
 @contextmanager
-def locked(folder, names, busy=None):
-    """Keep other processes from writing the files `names` (glob patterns) of `folder`: wait for
-    them, or raise InputError(busy).
-
-    Temporary files of these names, which a killed process may have left, are removed.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        raise InputError("this system has no file locks for Python (fcntl); wanted Linux, macOS "
-                         "or, on Windows, WSL") from None
-    with open(Path(folder, ".lock"), "w") as lock:  # writable, as network file systems require
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError:
-            raise InputError(f"{folder}: {busy}") from None
-        for name in names:
-            for path in Path(folder).glob(f".[0-9]*.{name}"):
-                path.unlink(missing_ok=True)
-        yield
-
-
-def write_atomically(path, write):
-    """Call `write` with a temporary path next to `path`, then rename it to `path`, which is never
-    half-written."""
+def whole_file(path):
+    """A file to write bytes to, which gets the name `path` once all are written, or never."""
     path = Path(path)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    for old in path.parent.glob(f".{path.name}.*"):     # a killed process may have left it
+        if time.time() - old.stat().st_mtime > 3600:
+            old.unlink(missing_ok=True)
     try:
-        write(temporary)
-        with open(temporary, "r+b") as f:
-            os.fsync(f.fileno())  # so that a power failure leaves no empty file under the name
-        os.replace(temporary, path)
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())    # so that a power failure leaves no empty file under the name
+        os.replace(part, path)
     except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from None  # ENOSPC names no file
+        error.filename = error.filename or str(path)    # a full disk names none
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------- download
+def line_of(error):
+    """An error as one line for the user."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return " ".join(str(error).split())
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    room = "; make room, and run the same command again" * full
+    return f"{error.filename or 'the system'}: {error.strerror.lower()}{room}"
 
-def download(root, url=URL):
-    """Fetch PTB-XL's zip, unpack its 500 Hz records and two tables into `root` and check them
-    against SHA256SUMS.txt; files already there with the right hash are not rewritten.
 
-    A zip that is there already, as ptb-xl.zip in `root`, is not fetched. Raises InputError for a
-    zip that is damaged or lacks a file, and for a file whose hash is not the published one. The zip
-    is removed at the end.
-    """
-    from http.client import HTTPException
-    root, archive = Path(root), Path(root, "ptb-xl.zip")
-    if (root / SUMS).exists():
-        wanted = wanted_files((root / SUMS).read_text(errors="replace"))
-        if wanted and all(hash_matches(root / name, digest) for name, digest in wanted.items()):
-            return
-    root.mkdir(parents=True, exist_ok=True)
-    fetched = not archive.exists()
+@contextmanager
+def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-written"):
+    """End the script with one line and status 2 for what the user can mend: InputError, system
+    errors, and the exceptions `more`."""
     try:
-        if fetched:
-            torch.hub.download_url_to_file(url, str(archive))
-    except (OSError, ValueError, HTTPException) as error:
-        raise InputError(f"{url}: cannot be fetched ({line_of(error)}); run the same command "
-                         "again, give a mirror with --url, or fetch it by hand (`wget -c` resumes) "
-                         f"to {archive}") from None
-    try:
-        with zipfile.ZipFile(archive) as z:
-            unpack(z, root)
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        if not fetched:
-            raise InputError(f"{archive}: not PTB-XL 1.0.3's zip, or not all of it ({error}); "
-                             "complete or remove it and run this again") from None
-        archive.unlink()
-        raise InputError(f"{url}: not PTB-XL 1.0.3's zip, or damaged ({error}); the download was "
-                         "removed, run the same command again") from None
-    archive.unlink()
-
-
-def unpack(z, root):
-    """Raises KeyError for a file that the zip lacks, BadZipFile for one with another hash."""
-    sums = min((name for name in z.namelist() if Path(name).name == SUMS), key=len, default=SUMS)
-    text, prefix = z.read(sums), sums[:-len(SUMS)]
-    wanted = wanted_files(text.decode(errors="replace"))
-    for name, digest in tqdm(wanted.items(), "unpack", unit="file", disable=None):
-        if hash_matches(root / name, digest):
-            continue
-        content = z.read(prefix + name)
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise zipfile.BadZipFile(f"{name} does not have the hash listed in {SUMS}")
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(root / name, lambda path: path.write_bytes(content))
-    if not {DATABASE, STATEMENTS} <= wanted.keys():
-        raise zipfile.BadZipFile(f"{SUMS} does not list the two tables")
-    write_atomically(root / SUMS, lambda path: path.write_bytes(text))
-
-
-def wanted_files(sums):
-    """SHA256SUMS.txt -> {name: hash} of the 500 Hz records and the two tables; only such names are
-    ever written."""
-    pairs = re.findall(r"^([0-9a-f]{64}) [ *]?(\S+)\s*$", sums, re.MULTILINE)
-    return {name: digest for digest, name in pairs if name in (DATABASE, STATEMENTS)
-            or re.fullmatch(r"records500/\d{5}/\d{5}_hr\.(dat|hea)", name)}
-
-
-def hash_matches(path, digest):
-    return path.exists() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+        yield
+        return
+    except KeyboardInterrupt:
+        status, line = 130, interrupted
+    except (InputError, OSError, *more) as error:
+        status, line = 2, line_of(error)
+    sys.stderr.write(f"{script}: {line}\n")
+    sys.exit(status)
 
 
 # ------------------------------------------------------------------------------------- command line
+
+def download(root):
+    """Fetch PTB-XL's zip, unless it lies in `root`, and unpack its tables and 500 Hz records; the
+    records' table comes last, so that it tells of a whole set."""
+    import torch
+    archive, wanted = Path(root, "ptb-xl.zip"), r"records500/\d+/\w+\.(dat|hea)|\w+\.csv"
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    if not archive.exists():
+        if Path(root, DATABASE).exists():
+            return
+        torch.hub.download_url_to_file(URL, str(archive))
+    try:
+        with zipfile.ZipFile(archive) as z:
+            for member in z.infolist():
+                member.filename = member.filename.partition("/")[2]     # without the zip's folder
+            files = [m for m in z.infolist() if re.fullmatch(wanted, m.filename)]
+            files.sort(key=lambda member: member.filename == DATABASE)
+            for member in tqdm(files, "unpack", unit="file", disable=None):
+                z.extract(member, root)     # which checks its CRC
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise InputError(f"{archive}: not PTB-XL's zip, or not all of it ({error}); remove it and "
+                         f"run this again, or: wget -c -O {archive} {URL}") from None
+    archive.unlink()
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
@@ -805,29 +505,19 @@ def main(argv=None):
     add("--leads", default=",".join(LEADS), help="such as II,V1,V5 (default: all twelve)")
     add("--preprocess", choices=PREPROCESSING, default="filter",
         help="default: filter, as ECGFounder's authors require")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
-    add("--skip-unreadable", action="store_true",
-        help="finish the cache without records that cannot be read")
+    add("--workers", type=int, help="processes (default: all cores)")
+    add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
     add("--download", action="store_true", help="fetch PTB-XL 1.0.3 into the folder first")
-    add("--url", default=URL, help="the zip to fetch (default: PhysioNet's)")
     args = parser.parse_args(argv)
-    try:
-        if args.workers < 1:
-            raise InputError(f"--workers is {args.workers}; wanted at least 1")
-        check_task(args.task)
+    with errors_in_one_line("data.py"):
         leads = parse_leads(args.leads)
         if args.download:
-            download(args.data, args.url)
-        cache = build_cache(args.data, args.task, args.preprocess, leads, args.workers,
-                            args.skip_unreadable)
-        marks, size = np.load(cache.marks), cache.array.stat().st_size
-        line = f"{cache.array}: {marks.sum():,} records, {size / 1e9:.2f} GB"
-        print(*filter(None, [line, cache.left_out()]), sep="\n")
-    except (InputError, OSError) as error:
-        parser.exit(2, f"data.py: {line_of(error)}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "data.py: interrupted; run the same command again (a cache build "
-                         "resumes where it stopped, a download starts over)\n")
+            download(args.data)
+        records = load_labels(args.data, args.task, unlabelled=True).record
+        path, unreadable = build_cache(args.data, records, args.preprocess, leads, args.workers,
+                                       args.skip_unreadable)
+    n, size = len(records) - len(unreadable), path.stat().st_size
+    print(f"{path}: {n:,} records, {size / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ Stochastic Depth" (ECCV 2016). This file imports no other project file.
 import argparse
 import hashlib
 import math
-import os
+import re
 import warnings
+from http.client import HTTPException
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,9 +27,9 @@ from torch import nn
 LEVELS = ((64, 2), (160, 2), (160, 2), (400, 3), (400, 3), (1024, 4), (1024, 4))
 KERNEL = 16         # samples
 GROUP = 16          # channels per group of the grouped convolutions
-MIN_SAMPLES = 32
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
-STEM = "first_conv.conv.weight"     # (64, leads, 16)
+STEM = "first_conv.conv.weight"
+UNUSED = r"(^first_|\.)bn\d?\."  # BatchNorm's keys in the official files
 
 OFFICIAL = "checkpoints/12_lead_ECGFounder.pth"
 OFFICIAL_ONE_LEAD = "checkpoints/1_lead_ECGFounder.pth"
@@ -45,43 +47,6 @@ class WeightsError(ValueError):
 
 # ------------------------------------------------------------------------------------------ network
 
-class LongConv1d(torch.autograd.Function):
-    """F.conv1d for kernels of an even length above 14 samples on a CPU, with a weight gradient
-    that is several times faster; a training step gains 5 % in float32, 14 % in bf16.
-
-    oneDNN has fast code for the weight gradients of kernels up to 14 samples and slow general code
-    beyond. One weight's gradient does not depend on the other weights, so the two halves of the
-    kernel are differentiated one after the other.
-    """
-    generate_vmap_rule = True  # for per-sample gradients by torch.func
-
-    @staticmethod
-    def forward(x, weight, bias, stride, groups):
-        return F.conv1d(x, weight, bias, stride, groups=groups)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, _, ctx.stride, ctx.groups = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        half, channels = weight.shape[-1] // 2, weight.shape[0]
-        span = (grad.shape[-1] - 1) * ctx.stride + half  # samples that half of the kernel sees
-
-        def gradients(x, weight, *wanted):
-            return torch.ops.aten.convolution_backward(
-                grad, x, weight, [channels], [ctx.stride], [0], [1], False, [0], ctx.groups, wanted)
-
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = gradients(x, weight, True, False, False)[0]
-        _, first, grad_bias = gradients(x[..., :span], weight[..., :half], False, True, True)
-        _, second, _ = gradients(x[..., half:half + span], weight[..., half:], False, True, False)
-        return grad_x, torch.cat([first, second], -1), grad_bias, None, None
-
-
 class SameConv1d(nn.Module):
     """1-D convolution with "SAME" padding: (B, C, T) -> (B, out_channels, ceil(T / stride)).
 
@@ -95,18 +60,9 @@ class SameConv1d(nn.Module):
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, stride, groups=groups)
 
     def forward(self, x):
-        conv, n = self.conv, x.shape[-1]
-        stride, groups, kernel = conv.stride[0], conv.groups, conv.kernel_size[0]
+        n, kernel, stride = x.shape[-1], self.conv.kernel_size[0], self.conv.stride[0]
         pad = max(0, (math.ceil(n / stride) - 1) * stride + kernel - n)
-        if pad:
-            x = F.pad(x, (pad // 2, pad - pad // 2))
-        slow = kernel > 14 and kernel % 2 == 0 and x.device.type == "cpu"
-        if slow and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            autocast = torch.is_autocast_enabled("cpu")
-            dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-            weight, bias = conv.weight.to(dtype), conv.bias.to(dtype)
-            return LongConv1d.apply(x.to(dtype), weight, bias, stride, groups)
-        return F.conv1d(x, conv.weight, conv.bias, stride, groups=groups)
+        return self.conv(F.pad(x, (pad // 2, pad - pad // 2)) if pad else x)
 
 
 class Block(nn.Module):
@@ -115,7 +71,7 @@ class Block(nn.Module):
 
     In training each call draws which samples keep the residual branch (`drop_path` is the fraction
     that does not), computes it for those alone and scales it by B / kept, so that its expectation
-    is the full branch. The number kept is fixed for a given B.
+    is the full branch. The number kept, max(1, floor((1 - p) B + 0.5)), is fixed for a given B.
     """
 
     def __init__(self, in_channels, out_channels, stride, drop_path, leading_swish):
@@ -129,20 +85,13 @@ class Block(nn.Module):
         self.stride, self.drop_path, self.leading_swish = stride, drop_path, leading_swish
         self.grow = out_channels - in_channels
 
-    def kept(self, batch_size):
-        """How many samples of a batch keep the residual branch in training:
-        max(1, floor((1 - p) B + 0.5))."""
-        return max(1, math.floor((1 - self.drop_path) * batch_size + 0.5))
-
     def branch(self, x, scale=1.0):
         h = F.silu(x) if self.leading_swish else x
         h = self.conv1(h)                           # (B, C, T)
         h = self.conv2(F.silu(h))                   # (B, C, T / stride)
         h = self.conv3(F.silu(h))
         gate = torch.sigmoid(self.se_fc2(F.silu(self.se_fc1(h.mean(-1)))))  # (B, C)
-        if scale != 1:
-            gate = gate * scale
-        return h * gate.unsqueeze(-1)
+        return h * (scale * gate).unsqueeze(-1)
 
     def shortcut(self, x):
         if self.stride == 2:                        # an odd length is zero-padded first
@@ -152,12 +101,13 @@ class Block(nn.Module):
         return x
 
     def forward(self, x):
-        if not self.training or self.kept(len(x)) == len(x):
+        n = len(x)
+        kept = max(1, math.floor((1 - self.drop_path) * n + 0.5)) if self.training else n
+        if kept == n:
             return self.branch(x).add_(self.shortcut(x))
-        batch_size, kept = len(x), self.kept(len(x))
-        index = torch.randperm(batch_size, device=x.device).narrow(0, 0, kept)
-        branch = self.branch(x.index_select(0, index), batch_size / kept)
-        return self.shortcut(x).index_add(0, index, branch)
+        index = torch.randperm(n, device=x.device)[:kept]
+        # index_select, as on a GPU the backward of x[index] sorts.
+        return self.shortcut(x).index_add(0, index, self.branch(x.index_select(0, index), n / kept))
 
 
 class ECGFounder(nn.Module):
@@ -184,9 +134,9 @@ class ECGFounder(nn.Module):
     def forward_features(self, x):
         """Signals (B, in_channels, T >= 32) -> pooled features (B, 1024)."""
         leads = self.first_conv.conv.in_channels
-        if x.dim() != 3 or x.shape[1] != leads or x.shape[2] < MIN_SAMPLES:
-            raise ValueError(f"input of shape {tuple(x.shape)}; wanted (batch, {leads} leads, "
-                             f"at least {MIN_SAMPLES} samples)")
+        if x.dim() != 3 or x.shape[1] != leads or x.shape[2] < 32:
+            raise ValueError(f"input of shape {tuple(x.shape)}; wanted (batch, {leads} leads, at "
+                             "least 32 samples)")
         x = F.silu(self.first_conv(x))              # (B, 64, T / 2)
         for level in self.stage_list:
             x = level.block_list(x)                 # (B, C, T / 4) ... (B, 1024, T / 256)
@@ -212,15 +162,11 @@ def ecgfounder(n_classes, in_channels=12, drop_path=0.0, drop_path_mode="constan
     dropout, 0 <= p < 1: of the pooled features. levels: (channels, blocks) of each. Raises
     ValueError for other rates or modes.
     """
-    for name, rate in (("drop_path", drop_path), ("dropout", dropout)):
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} is {rate}; wanted 0 <= {name} < 1")
-    if drop_path_mode not in ("constant", "linear"):
-        raise ValueError(f"drop_path_mode is {drop_path_mode!r}; wanted 'constant' or 'linear'")
-    n_blocks = sum(blocks for _, blocks in levels)
-    rates = [drop_path] * n_blocks
-    if drop_path_mode == "linear":
-        rates = [drop_path * (i / max(1, n_blocks - 1)) for i in range(n_blocks)]
+    if not (0 <= drop_path < 1 and 0 <= dropout < 1 and drop_path_mode in ("constant", "linear")):
+        raise ValueError(f"drop path {drop_path} ({drop_path_mode}) and dropout {dropout}; wanted "
+                         "rates 0 <= p < 1, and constant or linear")
+    n = sum(blocks for _, blocks in levels)
+    rates = [drop_path * (i / max(1, n - 1) if drop_path_mode == "linear" else 1) for i in range(n)]
     return ECGFounder(n_classes, in_channels, levels, rates, dropout)
 
 
@@ -232,146 +178,110 @@ def read_checkpoint(path):
     official file needs is allowed, a NumPy float64 scalar (`val_auroc`, pickled under NumPy 1's
     names). Raises WeightsError for anything else.
     """
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
-    scalar = multiarray.scalar
+    scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
     allowed = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
                np.dtype, type(np.dtype("float64"))]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch warns of here, it also refuses
+            warnings.simplefilter("ignore")     # what torch warns of here, it also refuses
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
+        for key, value in checkpoint["state_dict"].items():
+            plain = value.layout == torch.strided and value.device.type == "cpu"
+            if not plain or value.is_quantized or value.is_nested or not isinstance(key, str):
+                raise TypeError
     except Exception as error:  # torch raises almost anything for a damaged file
-        lines = str(error).splitlines() or [type(error).__name__]
-        telling = [line.strip() for line in lines if "Unsupported" in line or "load key" in line]
-        reason = getattr(error, "strerror", None) or (telling or lines)[0]
+        # Not torch's first lines, which advise to load the file unsafely.
+        unsafe = re.search(r"Unsupported global: GLOBAL \S+|Unsupported \w+ \d+", str(error))
+        reason = unsafe[0] if unsafe else getattr(error, "strerror", None) or type(error).__name__
         raise WeightsError(f"{path}: cannot be read as a checkpoint of tensors and plain data "
                            f"({reason}); fetch or train it again; `python model.py --download` "
                            "fetches the official weights") from None
-    if isinstance(checkpoint, dict) and "state_dict" not in checkpoint:
-        checkpoint = {"state_dict": checkpoint}
-    state = checkpoint["state_dict"] if isinstance(checkpoint, dict) else None
-    plain = isinstance(state, dict) and all(  # not sparse, quantized, nested, or without data
-        isinstance(v, torch.Tensor) and v.layout == torch.strided and v.device.type == "cpu"
-        and not v.is_quantized and not v.is_nested for v in state.values())
-    if not plain or not state:
-        raise WeightsError(f"{path}: holds no `state_dict` of tensors; wanted the official .pth or "
-                           "a checkpoint of post_train.py")
     return checkpoint
 
 
-def load_pretrained(model, path, head=False, leads=None):
-    """Load the official `.pth`, a post_train.py checkpoint for any task, or a bare state_dict into
-    `model`; returns how many of the file's leads were left out.
-
-    Without `head` everything but `dense` is loaded, whether or not the file holds one. leads: the
-    names of the model's leads; the file's other leads (a file that names none has all twelve, I
-    alone, or these) are dropped, which is the same as feeding zeros for them. See `load_state` for
-    what is refused.
-    """
-    checkpoint = read_checkpoint(path)
-    state, left_out = checkpoint["state_dict"], 0
-    stem = state.get(STEM)
-    if leads and stem is not None and stem.dim() == 3:
-        unnamed = {len(LEADS): LEADS, 1: LEADS[:1]}.get(stem.shape[1], leads)
-        there = checkpoint.get("leads", unnamed)
-        there = there if isinstance(there, list | tuple) else []
-        if len(there) != stem.shape[1]:
-            raise WeightsError(f"{path}: does not name its {stem.shape[1]} leads; wanted as many "
-                               "names in --leads")
-        lacking = [lead for lead in leads if lead not in there]
-        if lacking:
-            raise WeightsError(f"{path}: has leads {', '.join(map(str, there))}; wanted "
-                               f"{', '.join(lacking)} too: give other --leads")
-        state = {**state, STEM: stem[:, [there.index(lead) for lead in leads]]}
-        left_out = len(there) - len(leads)
-    load_state(model, state, path, head)
-    return left_out
-
-
-def load_state(model, found, path, head):
-    """Load the state_dict `found`, read from `path`; with `head` the classifier too, whose number
-    of classes must match.
-
-    Only the file's unused BatchNorm keys and, without `head`, its classifier are skipped. Any other
-    difference raises WeightsError, naming the first missing, unexpected and mismatched keys, before
-    anything is loaded.
-    """
-    unused, wanted = unused_keys(model), model.state_dict()
-    classifier = {key for key in wanted if key.startswith("dense.")}
-    if not head:
-        wanted = {key: value for key, value in wanted.items() if key not in classifier}
-    # A file that has any of the unused keys must have all of them.
-    needed = wanted.keys() | (unused if unused & found.keys() else set())
-    state = {key: found[key] for key in wanted if key in found}
-    problems = {"missing": sorted(needed - found.keys()),
-                "unexpected": sorted(map(str, found.keys() - needed - classifier)),
-                "mismatched": [f"{key} {tuple(value.shape)}, wanted {tuple(wanted[key].shape)}"
-                              for key, value in state.items() if value.shape != wanted[key].shape]}
-    said = [f"{len(keys)} {kind} (first: {keys[0]})" for kind, keys in problems.items() if keys]
-    if not said:
-        said = [f"{key} is not finite" for key, v in state.items() if not v.isfinite().all()][:1]
-    if said:
-        classes = f" and {len(wanted['dense.bias'])} classes" if head else ""
-        raise WeightsError(f"{path}: {'; '.join(said)}; wanted the parameters of ECGFounder's "
-                           f"network with {model.first_conv.conv.in_channels} leads{classes}")
+def load_state(model, state, path, head=True):
+    """Load the state_dict `state`, read from `path`; without `head` all but the classifier. The
+    file's BatchNorm tensors, which the network never applies, are left out. Any other difference,
+    or a value that is not finite, raises WeightsError, before anything is loaded."""
+    wanted = {key: value.shape for key, value in model.state_dict().items()
+              if head or not key.startswith("dense.")}
+    state = {key: value for key, value in state.items()
+             if not re.search(UNUSED if head else rf"{UNUSED}|^dense\.", key)}
+    wrong = [f"{key} is missing" for key in wanted if key not in state]
+    wrong += [f"{key} is unknown" for key in state if key not in wanted]
+    wrong += [f"{key} is {tuple(state[key].shape)}, wanted {tuple(shape)}"
+              for key, shape in wanted.items() if key in state and state[key].shape != shape]
+    wrong = wrong or [f"{key} is not finite" for key, v in state.items() if not v.isfinite().all()]
+    if wrong:
+        more = f"; and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise WeightsError(f"{path}: {wrong[0]}{more}; wanted the parameters of ECGFounder's "
+                           f"network with {model.first_conv.conv.in_channels} leads")
     model.load_state_dict(state, strict=head)
 
 
-def unused_keys(model):
-    """The 305 BatchNorm keys that the official checkpoints hold and the network never applies."""
-    layers = ["first_bn", *(f"{name}.bn{i}" for name, module in model.named_modules()
-                            if isinstance(module, Block) for i in (1, 2, 3))]
-    return {f"{layer}.{key}" for layer in layers for key in nn.BatchNorm1d(1).state_dict()}
+def load_pretrained(model, path, leads=LEADS):
+    """Load the official .pth, a checkpoint of post_train.py for any task, or a bare state_dict into
+    all of `model` but its classifier; returns how many of the file's leads were left out.
 
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
+    leads: the names of the model's. The file's others are dropped, which is the same as feeding
+    zeros for them; a file that names none has all twelve, I alone, or these. Raises WeightsError
+    for what does not fit, see `load_state`.
+    """
+    checkpoint = read_checkpoint(path)
+    state = dict(checkpoint["state_dict"])
+    stem = state.get(STEM, torch.zeros(0, 0, 0))    # (64, leads, 16)
+    n = stem.shape[1] if stem.dim() == 3 else 0
+    there = list(checkpoint.get("leads") or {12: LEADS, 1: LEADS[:1]}.get(n, leads))
+    if n and (len(there) != n or not set(leads) <= set(there)):
+        raise WeightsError(f"{path}: has the leads {', '.join(map(str, there))}; wanted "
+                           f"{', '.join(leads)}: give other --leads")
+    if n:
+        state[STEM] = stem[:, [there.index(lead) for lead in leads]]
+    load_state(model, state, path, head=False)
+    return n - len(leads)
 
 
 def verify(path):
-    """Check a checkpoint -> lines to print that describe it. Raises WeightsError if something is
-    wrong."""
+    """Load a checkpoint whole, and compare the official one's logits -> lines to print."""
     state = read_checkpoint(path)["state_dict"]
-    stem = state.get(STEM)
-    head = [value for key, value in state.items() if str(key).startswith("dense.")]
-    if stem is None or stem.dim() != 3 or any(value.dim() == 0 for value in head):
+    stem, bias = state.get(STEM), state.get("dense.bias")
+    if stem is None or stem.dim() != 3 or (bias is not None and bias.dim() != 1):
         raise WeightsError(f"{path}: has no {STEM}; wanted ECGFounder's network")
-    n_classes = len(head[0]) if head else 1
-    model = ecgfounder(n_classes, stem.shape[1]).eval()
-    load_state(model, state, path, bool(head))
-    unused, digest = len(unused_keys(model) & state.keys()), sha256(path)
-    classes = f"{n_classes} classes" if head else "no head"
-    lines = [f"{path}: {len(state) - unused} tensors loaded, {unused} unused BatchNorm tensors "
-             f"left out; {stem.shape[1]} leads, {classes}"]
+    model = ecgfounder(1 if bias is None else len(bias), stem.shape[1]).eval()
+    load_state(model, state, path, bias is not None)
+    n, digest = sum(not re.search(UNUSED, key) for key in state), sha256(path)
+    head = "no head" if bias is None else f"{len(bias)} classes"
+    lines = [f"{path}: {n} tensors loaded, {len(state) - n} unused BatchNorm tensors left out; "
+             f"{stem.shape[1]} leads, {head}"]
     if digest != OFFICIAL_SHA256:
-        return lines + [f"sha256 {digest}: not the known 12-lead release, so its logits were not "
-                        "compared"]
+        return [*lines, f"sha256 {digest}: not the known 12-lead release, so its logits were not "
+                "compared"]
     with torch.no_grad():
-        logits = model(torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000))
-    logits = logits[0, :len(OFFICIAL_LOGITS)]
+        logits = model(torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000))[0, :10]
     if not torch.allclose(logits, torch.tensor(OFFICIAL_LOGITS), rtol=1e-4, atol=0):
         raise WeightsError(f"{path}: the file is the known release, but its logits "
-                           f"{logits.tolist()} are not the published ones: this installation "
-                           "of PyTorch computes the network wrongly; try another version")
-    return lines + ["sha256 matches the known 12-lead release",
-                    "logits equal the published ones (rtol 1e-4)"]
+                           f"{logits.tolist()} are not the published ones: this installation of "
+                           "PyTorch computes the network wrongly; try another version")
+    return [*lines, "sha256 matches the known 12-lead release",
+            "logits equal the published ones (rtol 1e-4)"]
 
 
-def download(path, url, digest=None):
-    """Fetch weights to `path`: complete and, where it is known, with this hash, or not at all."""
-    from http.client import HTTPException
-    if digest and os.path.exists(path) and sha256(path) == digest:
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def download(path, digest=None):
+    """Fetch a release to `path`: complete and, where it is known, with this hash, or not at all."""
+    url = OFFICIAL_URL + Path(path).name
+    if digest and Path(path).exists() and sha256(path) == digest:
         return
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, path, hash_prefix=digest)
-    except (OSError, ValueError, HTTPException) as error:
+    except (OSError, ValueError, HTTPException, RuntimeError) as error:     # the last: the hash
         raise WeightsError(f"{url}: cannot be fetched ({error}); run the same command again, or "
-                           "give a mirror with --url") from None
-    except RuntimeError as error:  # the hash differs; nothing was written
-        raise WeightsError(f"{url}: not the known release ({error}); nothing was kept, run the "
-                           "same command again") from None
+                           f"fetch it by hand to {path}") from None
 
 
 def main(argv=None):
@@ -380,17 +290,12 @@ def main(argv=None):
     add("--weights", metavar="FILE", help="verify this checkpoint")
     add("--download", action="store_true", help="fetch the official weights to checkpoints/")
     add("--leads", type=int, choices=(12, 1), default=12, help="leads of the release (default: 12)")
-    add("--url", help="where to fetch it from (default: Hugging Face)")
     args = parser.parse_args(argv)
-    if not args.download and not args.weights:
-        parser.error("nothing to do; give --download or --weights FILE")
     path, digest = {12: (OFFICIAL, OFFICIAL_SHA256), 1: (OFFICIAL_ONE_LEAD, None)}[args.leads]
     try:
         if args.download:
-            download(path, args.url or OFFICIAL_URL + os.path.basename(path), digest)
-            print("\n".join(verify(path)))
-        if args.weights:
-            print("\n".join(verify(args.weights)))
+            download(path, digest)
+        print("\n".join(verify(args.weights or path)))
     except (WeightsError, OSError) as error:
         parser.exit(2, f"model.py: {error}\n")
     except KeyboardInterrupt:

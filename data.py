@@ -91,8 +91,7 @@ def load_labels(root, task, unlabelled=False):
     task: one of TASKS, with PTB-XL in the folder `root`, or a table of your own (.csv): `record` (a
     WFDB record's path without extension, relative to `root`), optionally `ecg_id`, `patient_id` and
     `fold`; every other column is a class, of 0 and 1. Without `fold`, a hash deals each patient to
-    one of ten folds, the same in every table.
-    """
+    one of ten folds, the same in every table."""
     path, table = read_table(root, task)
     y, classes = own_classes(path, table) if is_own(task) else ptbxl_classes(path, table, task)
     patients = [who or str(-1 - i) for i, who in enumerate(table["patient_id"])]
@@ -108,8 +107,7 @@ def read_table(root, task):
     if is_own(task):
         path, needed = Path(task), ["record"]
     elif task not in TASKS:
-        raise InputError(f"task {task!r} is unknown; wanted one of {', '.join(TASKS)}, or a .csv "
-                         "table")
+        raise InputError(f"task {task!r}: wanted {', '.join(TASKS)}, or a .csv table")
     table = read_csv(path, needed)
     records = [posixpath.normpath(strip_extension(cell)) for cell in table[needed[0]]]
     ids = [plain_id(cell) for cell in table.get("ecg_id", records)]
@@ -215,9 +213,8 @@ def own_classes(path, table):
     """(y, classes) of a custom table."""
     classes, known = [name for name in table if name not in NOT_CLASSES], ", ".join(NOT_CLASSES)
     if not classes or "" in classes:
-        raise InputError(f"{path}: has the columns {', '.join(table)}; wanted, besides {known}, a "
-                         "column of 0 and 1 for each class, with its name (pandas: to_csv(..., "
-                         "index=False))")
+        raise InputError(f"{path}: wanted, besides {known}, a column of 0 and 1 for each class, "
+                         "with its name (pandas: to_csv(..., index=False))")
     wanted = f"0 or 1, as every column is a class except {known}"
     y = [translate(path, name, table[name], LABELS, wanted) for name in classes]
     return np.array(y, np.uint8).T, classes
@@ -238,10 +235,8 @@ def subset(index, frac, seed):
 def parse_leads(text):
     """"v1,II" -> ("II", "V1"), in the order of LEADS."""
     asked = [name.strip().lower() for name in text.split(",")]
-    unknown = [name for name in asked if name not in map(str.lower, LEADS)]
-    if unknown:
-        raise InputError(f"--leads {text}: {unknown[0]!r} is unknown; wanted some of "
-                         f"{','.join(LEADS)}")
+    if not {*asked} <= {*map(str.lower, LEADS)}:
+        raise InputError(f"--leads {text!r}: wanted some of {','.join(LEADS)}")
     return tuple(lead for lead in LEADS if lead.lower() in asked)
 
 
@@ -275,8 +270,8 @@ def preprocess(signal, fs, how="filter"):
 
     how: "filter" (`remove_noise`, then z-score over all leads at once), "zscore" (the last step
     alone) or "raw" (millivolts). First, missing samples (NaN) are interpolated. Flat records
-    normalize to zeros. Raises InputError for what is not an ECG in millivolts.
-    """
+    normalize to zeros. Raises InputError for what is not an ECG in millivolts."""
+    from scipy import signal as dsp
     x = np.asarray(signal)
     if how not in PREPROCESSING:
         raise InputError(f"preprocessing {how!r}: wanted one of {', '.join(PREPROCESSING)}")
@@ -288,9 +283,12 @@ def preprocess(signal, fs, how="filter"):
     if not np.abs(x[~np.isnan(x)]).max(initial=0) <= MAX_MILLIVOLTS:
         raise InputError(f"a signal with infinite samples, or some beyond {MAX_MILLIVOLTS:g} mV; "
                          "wanted an ECG in millivolts")
-    x = resample(np.stack([fill_gaps(lead) for lead in x]), fs)[:, :SAMPLES]
-    if how == "filter":
-        x = remove_noise(x)
+    x = np.stack([fill_gaps(lead) for lead in x])
+    if fs != FS:    # beyond its ends a lead goes on along the line through its first and last one
+        ratio, ends = Fraction(FS / fs).limit_denominator(1000), ("constant", "line")
+        x = dsp.resample_poly(x, ratio.numerator, ratio.denominator, axis=1,
+                              padtype=ends[x.shape[1] > 1])
+    x = remove_noise(x[:, :SAMPLES]) if how == "filter" else x[:, :SAMPLES]
     if how != "raw":
         std = x.std()   # the 1e-8 is from ECGFounder's own preprocessing
         x = (x - x.mean()) / (std + 1e-8) if std >= 1e-6 else np.zeros_like(x)
@@ -304,18 +302,6 @@ def fill_gaps(lead):
     if there.all() or not there.any():
         return np.where(there, lead, 0)
     return np.interp(np.arange(len(lead)), np.flatnonzero(there), lead[there])
-
-
-def resample(x, fs):
-    """(leads, n) at `fs` Hz -> (leads, n 500 / fs) at 500 Hz."""
-    from scipy.signal import resample_poly
-    if fs == FS:
-        return x
-    ratio = Fraction(FS / fs).limit_denominator(1000)
-    # Beyond its ends a lead is extended along the line through its first and last samples, as
-    # zeros there would make a step.
-    ends = "line" if x.shape[1] > 1 else "constant"
-    return resample_poly(x, ratio.numerator, ratio.denominator, axis=1, padtype=ends)
 
 
 def remove_noise(x):
@@ -341,13 +327,13 @@ def load_windows(path, how="filter", leads=LEADS, windows=None):
 
 def try_record(root, how, leads, record, windows=1):
     """(`load_windows`, None), or (None, why the record cannot be read)."""
+    path = Path(root, record)
     try:
-        return load_windows(Path(root, record), how, leads, windows), None
+        return load_windows(path, how, leads, windows), None
     except Exception as error:  # wfdb raises almost anything for a malformed header or short file
-        known = isinstance(error, InputError) or getattr(error, "strerror", None)
-        reason = line_of(error) if known else " ".join(repr(error).split())
-        return None, (f"{Path(root, record)}: cannot be read as a WFDB record, a .hea header and "
-                      f"the signal file that it names ({reason})")
+        why = f"{type(error).__name__}: {error}" if not isinstance(error, InputError) else error
+        return None, " ".join(f"{path}: cannot be read as a WFDB record, which is a .hea header and"
+                              f" the signal file that it names ({why})".split())
 
 
 # -------------------------------------------------------------------------------------------- cache
@@ -359,8 +345,7 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
 
     Records that cannot be read raise InputError, once all others are cached, unless
     `skip_unreadable`. Changed records are not noticed: delete the cache. wait: for another process
-    to build it.
-    """
+    to build it."""
     made_of = {"layout": LAYOUT, "preprocessing": how, "leads": list(leads), "fs": FS,
                "records": list(map(str, records))}
     path = Path(root, "cache", f"{how}-{zlib.crc32(json.dumps(made_of).encode()):08x}.npy")
@@ -446,15 +431,6 @@ def whole_file(path):
         part.unlink(missing_ok=True)
 
 
-def line_of(error):
-    """An error as one line for the user."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return " ".join(str(error).split())
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    room = "; make room, and run the same command again" * full
-    return f"{error.filename or 'the system'}: {error.strerror.lower()}{room}"
-
-
 @contextmanager
 def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-written"):
     """End the script with one line and status 2 for what the user can mend: InputError, system
@@ -465,7 +441,11 @@ def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-
     except KeyboardInterrupt:
         status, line = 130, interrupted
     except (InputError, OSError, *more) as error:
-        status, line = 2, line_of(error)
+        status, line = 2, " ".join(str(error).split())
+        if isinstance(error, OSError) and error.strerror:
+            line = f"{error.filename or 'the system'}: {error.strerror.lower()}"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                line += "; make room, and run the same command again"
     sys.stderr.write(f"{script}: {line}\n")
     sys.exit(status)
 

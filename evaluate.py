@@ -31,7 +31,6 @@ import data
 import model as network
 from data import InputError
 
-METRICS = ("auroc", "auprc")
 FEW = 10            # fewer positives on fold 9 give no threshold
 
 
@@ -64,8 +63,7 @@ def class_areas(y, prob):
         AUROC = mean over the positives of 1 - ((A - T) + (A' - T')) / 2 / N, the negatives below
               = mean over the negatives of (T + T') / 2 / P, the positives above
         average precision = mean over the positives of T / A; a record adds to the A of each
-        positive that is not above it, a positive to its T, too
-    """
+        positive that is not above it, a positive to its T, too"""
     order = np.argsort(-prob, kind="stable")
     score, y = -prob[order], y[order]
     first, last = (np.searchsorted(score, score, side) for side in ("left", "right"))   # A', A
@@ -103,8 +101,7 @@ def score(p):
 
     factor: where n patients have a class (or have not, if these are fewer) and s^2 is the variance
     between them, the class adds s^2 / n to the variance, but only s^2 (n - 1) / n^2 to the squared
-    slopes: half of it if n = 2, nothing if n = 1. What these lack is taken from the others.
-    """
+    slopes: half of it if n = 2, nothing if n = 1. What these lack is taken from the others."""
     y, patient_id = np.asarray(p["y_true"], bool), p.get("patient_id")
     people, patient = np.unique(np.arange(len(y)) if patient_id is None else patient_id,
                                 return_inverse=True)
@@ -126,8 +123,7 @@ def half_width(slopes, factor):
     freedom as patients effectively make up the variance.
 
     The interval is of the score expected on other patients, as many of them with each class; with
-    few positives that lies above the score of an unlimited test set for AUPRC.
-    """
+    few positives that lies above the score of an unlimited test set for AUPRC."""
     from scipy.special import stdtrit
     squares, fourth = (slopes**2).sum(-1), (slopes**4).sum(-1)
     freedom = np.maximum(squares**2 / np.maximum(fourth, 1e-300), 1)
@@ -179,16 +175,15 @@ def difference(a, b, classes, top=5):
     """How model b differs from model a (Scores of the same records), b - a, as plain data, with
     paired intervals. The gain is relative to a, in percent. classes: the `top` that differ most."""
     base, diff = macro(a.point), macro(b.point) - macro(a.point)
-    half, result = half_width(b.slopes - a.slopes, a.factor), {}
-    for i, metric in enumerate(METRICS):
-        result |= {f"macro_{metric}_diff": plain(diff[i]),
-                   f"macro_{metric}_diff_ci": plain(diff[i] + half[i] * np.array([-1, 1])),
-                   f"macro_{metric}_gain_percent": plain(100 * diff[i] / (base[i] or np.nan))}
+    half = half_width(b.slopes - a.slopes, a.factor)
+    ends, gain = plain(np.stack([diff - half, diff + half], 1)), plain(100 * diff / base)
     auroc, auprc = b.point - a.point
     order = np.argsort(-np.maximum(abs(auroc), abs(auprc)), kind="stable")  # NaNs come last
-    result["classes"] = {classes[i]: {"auroc_diff": auroc[i].item(), "auprc_diff": auprc[i].item()}
-                         for i in order[:top] if not np.isnan(auroc[i])}
-    return result
+    return {"macro_auroc_diff": plain(diff[0]), "macro_auroc_diff_ci": ends[0],
+            "macro_auroc_gain_percent": gain[0], "macro_auprc_diff": plain(diff[1]),
+            "macro_auprc_diff_ci": ends[1], "macro_auprc_gain_percent": gain[1],
+            "classes": {classes[i]: {"auroc_diff": auroc[i], "auprc_diff": auprc[i]}
+                        for i in order[:top] if not np.isnan(auroc[i])}}
 
 
 def digits(value):
@@ -197,12 +192,11 @@ def digits(value):
 
 def macro_line(name, result):
     """Macro scores with intervals, as a line to print."""
-    cells = []
-    for metric in METRICS:
-        value, low, high = map(digits, (result[f"macro_{metric}"], *result[f"macro_{metric}_ci"]))
-        cells.append(f"{metric.upper()} {value} ({low} to {high})")
-    few = f", {len(result['undefined'])} classes undefined" * bool(result["undefined"])
-    return f"{name}: {result['n']:,} records{few}, macro {', '.join(cells)}"
+    cells = ["{} ({} to {})".format(*map(digits, (value, *ends))) for value, ends in (
+        (result["macro_auroc"], result["macro_auroc_ci"]),
+        (result["macro_auprc"], result["macro_auprc_ci"]))]
+    few = f" ({len(result['undefined'])} classes undefined)" * bool(result["undefined"])
+    return f"{name}: {result['n']:,} records, macro AUROC {cells[0]}, AUPRC {cells[1]}{few}"
 
 
 def class_lines(result):
@@ -215,16 +209,17 @@ def class_lines(result):
 
 def difference_lines(pair):
     """What `difference` says as lines to print."""
-    lines = [f"{pair['b']} - {pair['a']}"]
-    for metric in METRICS:
-        diff, ci, gain = (pair[f"macro_{metric}_{key}"] for key in ("diff", "diff_ci",
-                                                                    "gain_percent"))
-        if gain is not None:
-            lines.append(f"  {metric.upper()} {diff:+.4f} ({ci[0]:+.4f} to {ci[1]:+.4f}), "
-                         f"{gain:+.1f} %")
+    if pair["macro_auroc_diff"] is None:
+        return [f"{pair['b']} - {pair['a']}: no class is defined"]
+    line = "  {} {:+.4f} ({:+.4f} to {:+.4f}), {:+.1f} %".format
     most = [f"{name} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}"
             for name, d in pair["classes"].items()]
-    return [*lines, f"  largest (AUROC, AUPRC): {', '.join(most)}"]
+    return [f"{pair['b']} - {pair['a']}",
+            line("AUROC", pair["macro_auroc_diff"], *pair["macro_auroc_diff_ci"],
+                 pair["macro_auroc_gain_percent"]),
+            line("AUPRC", pair["macro_auprc_diff"], *pair["macro_auprc_diff_ci"],
+                 pair["macro_auprc_gain_percent"]),
+            f"  largest (AUROC, AUPRC): {', '.join(most)}"]
 
 
 def write_json(path, value):
@@ -234,18 +229,22 @@ def write_json(path, value):
 
 # -------------------------------------------------------------------------------------- predictions
 
-def infer(forward, signals, rows, device, amp=None):
-    """`forward` of `signals[rows]` in batches, without gradients -> float32 (n, ...) on the CPU.
+def take(x, rows, device):
+    """x[rows] in float32 on the device; x: the cache's memory map, or a tensor on the device."""
+    if isinstance(x, torch.Tensor):
+        return x.index_select(0, torch.from_numpy(rows).to(device)).float()
+    return torch.from_numpy(x[rows]).to(device).float()
 
-    signals: the cache's memory map or a tensor. amp: None for float32, or the dtype of autocast.
-    """
+
+def infer(forward, x, rows, device, amp=None):
+    """`forward` of x[rows] in batches, without gradients -> float32 (n, ...) on the CPU. amp: None
+    for float32, or the dtype of autocast."""
     device = torch.device(device)
     size = 256 if device.type == "cuda" else 64
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     with torch.inference_mode(), autocast:
-        return np.concatenate([
-            forward(torch.as_tensor(signals[rows[i:i + size]]).to(device).float())
-            .float().cpu().numpy() for i in range(0, len(rows), size)])
+        parts = [forward(take(x, rows[i:i + size], device)) for i in range(0, len(rows), size)]
+        return torch.cat(parts).float().cpu().numpy()
 
 
 def probabilities(logits):
@@ -280,7 +279,7 @@ def predict(checkpoint, model, labels, signals, device):
     (N, 1024), with the classes that the labels and the checkpoint share, by name."""
     shared = [c for c in labels.classes if c in checkpoint["classes"]]
     features = infer(model.forward_features, signals, labels.row, device)
-    logits = infer(model.head, torch.from_numpy(features), np.arange(len(features)), device)
+    logits = infer(model.head, features, np.arange(len(features)), device)
     return {"ecg_id": labels.ecg_id, "patient_id": labels.patient_id, "classes": np.array(shared),
             "y_true": labels.y[:, [labels.classes.index(c) for c in shared]],
             "y_prob": probabilities(logits)[:, [checkpoint["classes"].index(c) for c in shared]],
@@ -306,14 +305,13 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
 def shared_classes(names, lists):
     """The classes that all lists have, in the order of the first; prints the others. names: whose
     lists they are."""
-    shared = [c for c in lists[0] if all(c in others for others in lists)]
+    shared = [c for c in lists[0] if all(c in classes for classes in lists)]
+    if not shared:
+        raise InputError(f"{' and '.join(names)}: no class in common (the first has {lists[0][0]} "
+                         "and so on); wanted the same names for the same classes")
     for name, classes in zip(names, lists):
-        if not shared:
-            raise InputError(f"{name}: no class in common with the others (it has {classes[0]}, "
-                             "...); wanted the same names for the same classes")
-        others = [c for c in classes if c not in shared]
-        if others:
-            print(f"classes left out: {', '.join(others)} of {name}")
+        if len(classes) > len(shared):
+            print(f"classes left out of {name}:", *(c for c in classes if c not in shared))
     return shared
 
 
@@ -400,7 +398,7 @@ def thresholds_of(checkpoint):
 
 def record_lines(checkpoint, prob, top=5):
     """The most probable classes and all that reach their threshold, as lines to print."""
-    classes, limits, width = checkpoint["classes"], thresholds_of(checkpoint), 5
+    classes, limits = checkpoint["classes"], thresholds_of(checkpoint)
     width = max(map(len, [*classes, "class"]))
     lines = [f"{'class':{width}}  probability  threshold"]
     for rank, i in enumerate(np.argsort(-prob, kind="stable")):
@@ -413,7 +411,8 @@ def record_lines(checkpoint, prob, top=5):
 
 def write_table(path, checkpoint, found):
     """A csv with a row for each (record, number of windows, probabilities)."""
-    text, classes, limits = io.StringIO(), np.array(checkpoint["classes"]), thresholds_of(checkpoint)
+    classes, limits = np.array(checkpoint["classes"]), thresholds_of(checkpoint)
+    text = io.StringIO()
     csv.writer(text).writerows([["record", "windows", "above_threshold", *classes], *(
         [record, windows, ";".join(classes[prob >= limits]), *(f"{value:.6g}" for value in prob)]
         for record, windows, prob in found)])
@@ -465,20 +464,14 @@ def check(args):
         raise InputError("--out and --record go with one file; give one")
 
 
-def folds_of(asked):
-    known = {str(fold): [fold] for fold in range(1, 11)} | {"all": list(range(1, 11))}
-    if not {*asked} <= known.keys():
-        raise InputError(f"--fold {' '.join(asked)}: wanted some of 1 to 10, or all")
-    return sum((known[fold] for fold in asked), [])
-
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
     add("models", metavar="FILE", nargs="+",
         help="checkpoints of post_train.py, or predictions (.npz) of any model; several are "
              "compared")
-    add("--fold", nargs="+", metavar="K", default=[], help="folds, or all (default: 10, the test)")
+    add("--fold", nargs="+", metavar="K", choices=[*map(str, range(1, 11)), "all"], default=[],
+        help="folds, or all (default: 10, the test fold)")
     add("--data", help="folder of the dataset (default: the one the checkpoint was trained on)")
     add("--task", help="a task or .csv table other than the checkpoint's; classes match by name")
     add("--out", help="where to write the predictions (default: predictions.npz, with --fold 9 "
@@ -495,7 +488,8 @@ def parse(argv):
 
 def run(args, device):
     """Score or compare models."""
-    folds, found = folds_of(args.fold or [str(data.TEST_FOLD)]), {}
+    asked, found = args.fold or [data.TEST_FOLD], {}
+    folds = range(1, 11) if "all" in asked else list(map(int, asked))
     # .npz files come first, as they are quick to read and to check.
     for path in sorted(args.models, key=lambda path: not path.endswith(".npz")):
         if path.endswith(".npz"):

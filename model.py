@@ -27,6 +27,7 @@ from torch import nn
 LEVELS = ((64, 2), (160, 2), (160, 2), (400, 3), (400, 3), (1024, 4), (1024, 4))
 KERNEL = 16         # samples
 GROUP = 16          # channels per group of the grouped convolutions
+MODES = ("constant", "linear")      # of drop path
 LEADS = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
 STEM = "first_conv.conv.weight"
 UNUSED = r"(^first_|\.)bn\d?\."  # BatchNorm's keys in the official files
@@ -52,8 +53,7 @@ class SameConv1d(nn.Module):
 
     Of the p zeros, p // 2 go on the left and the rest on the right. They are added explicitly: on
     CPUs with AMX, oneDNN computes some convolutions with built-in padding wrongly in bfloat16
-    (pytorch/pytorch#169688).
-    """
+    (pytorch/pytorch#169688)."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1):
         super().__init__()
@@ -71,8 +71,7 @@ class Block(nn.Module):
 
     In training each call draws which samples keep the residual branch (`drop_path` is the fraction
     that does not), computes it for those alone and scales it by B / kept, so that its expectation
-    is the full branch. The number kept, max(1, floor((1 - p) B + 0.5)), is fixed for a given B.
-    """
+    is the full branch. The number kept, max(1, floor((1 - p) B + 0.5)), is fixed for a given B."""
 
     def __init__(self, in_channels, out_channels, stride, drop_path, leading_swish):
         super().__init__()
@@ -111,20 +110,31 @@ class Block(nn.Module):
 
 
 class ECGFounder(nn.Module):
-    """The published network, with its checkpoint's parameter names. The BatchNorm layers that it
-    defines but never applies are omitted. See `ecgfounder`."""
+    """The published network, with its checkpoint's parameter names, randomly initialized. The
+    BatchNorm layers that it defines but never applies are omitted.
 
-    def __init__(self, n_classes, in_channels, levels, drop_path_rates, dropout):
+    in_channels: the number of leads; the official releases have 12, or 1 (lead I). drop_path,
+    0 <= p < 1: fraction of each batch that skips a residual branch in training; the same in every
+    block ("constant") or growing from 0 in the first of the 20 blocks to p in the last ("linear").
+    dropout, 0 <= p < 1: of the pooled features. levels: (channels, blocks) of each. Raises
+    ValueError for other rates or modes."""
+
+    def __init__(self, n_classes, in_channels=12, drop_path=0.0, drop_path_mode="constant",
+                 dropout=0.0, levels=LEVELS):
         super().__init__()
-        channels, rates = levels[0][0], iter(drop_path_rates)
+        if not (0 <= drop_path < 1 and 0 <= dropout < 1) or drop_path_mode not in MODES:
+            raise ValueError(f"drop path {drop_path} ({drop_path_mode}) and dropout {dropout}; "
+                             f"wanted rates 0 <= p < 1, and one of {', '.join(MODES)}")
+        n, channels = sum(blocks for _, blocks in levels), levels[0][0]
+        grows = [i / max(1, n - 1) if drop_path_mode == "linear" else 1 for i in range(n)]
+        rates = iter([drop_path * factor for factor in grows])
         self.first_conv = SameConv1d(in_channels, channels, KERNEL, stride=2)
         self.stage_list = nn.ModuleList()           # levels; an official name, like `block_list`
         for i, (out_channels, n_blocks) in enumerate(levels):
             blocks = []
             for j in range(n_blocks):
-                stride = 2 if j == 0 else 1
-                # What enters the first block has just gone through a swish.
-                blocks.append(Block(channels, out_channels, stride, next(rates),
+                # What enters the first block of all has just gone through a swish.
+                blocks.append(Block(channels, out_channels, 2 if j == 0 else 1, next(rates),
                                     leading_swish=i + j > 0))
                 channels = out_channels
             self.stage_list.append(nn.ModuleDict({"block_list": nn.Sequential(*blocks)}))
@@ -152,22 +162,7 @@ class ECGFounder(nn.Module):
         return self.head(self.forward_features(x))
 
 
-def ecgfounder(n_classes, in_channels=12, drop_path=0.0, drop_path_mode="constant", dropout=0.0,
-               levels=LEVELS):
-    """Build the network, randomly initialized.
-
-    in_channels: the number of leads; the official releases have 12, or 1 (lead I). drop_path,
-    0 <= p < 1: fraction of each batch that skips a residual branch in training; the same in every
-    block ("constant") or growing from 0 in the first of the 20 blocks to p in the last ("linear").
-    dropout, 0 <= p < 1: of the pooled features. levels: (channels, blocks) of each. Raises
-    ValueError for other rates or modes.
-    """
-    if not (0 <= drop_path < 1 and 0 <= dropout < 1 and drop_path_mode in ("constant", "linear")):
-        raise ValueError(f"drop path {drop_path} ({drop_path_mode}) and dropout {dropout}; wanted "
-                         "rates 0 <= p < 1, and constant or linear")
-    n = sum(blocks for _, blocks in levels)
-    rates = [drop_path * (i / max(1, n - 1) if drop_path_mode == "linear" else 1) for i in range(n)]
-    return ECGFounder(n_classes, in_channels, levels, rates, dropout)
+ecgfounder = ECGFounder
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -176,8 +171,7 @@ def read_checkpoint(path):
     """Read a checkpoint -> dict with at least `state_dict`, on the CPU; a bare state_dict becomes
     such a dict. No code in the file is ever run: besides tensors and plain data only what the
     official file needs is allowed, a NumPy float64 scalar (`val_auroc`, pickled under NumPy 1's
-    names). Raises WeightsError for anything else.
-    """
+    names). Raises WeightsError for anything else."""
     scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
     allowed = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
                np.dtype, type(np.dtype("float64"))]
@@ -187,16 +181,14 @@ def read_checkpoint(path):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint = checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
         for key, value in checkpoint["state_dict"].items():
-            plain = value.layout == torch.strided and value.device.type == "cpu"
-            if not plain or value.is_quantized or value.is_nested or not isinstance(key, str):
-                raise TypeError
-    except Exception as error:  # torch raises almost anything for a damaged file
-        # Not torch's first lines, which advise to load the file unsafely.
-        unsafe = re.search(r"Unsupported global: GLOBAL \S+|Unsupported \w+ \d+", str(error))
-        reason = unsafe[0] if unsafe else getattr(error, "strerror", None) or type(error).__name__
-        raise WeightsError(f"{path}: cannot be read as a checkpoint of tensors and plain data "
-                           f"({reason}); fetch or train it again; `python model.py --download` "
-                           "fetches the official weights") from None
+            key + ""                # a text
+            value.float().numpy()   # a plain tensor, with data
+    except Exception as error:  # torch raises almost anything for a damaged file, with bad advice
+        said = re.search(r"Unsupported global: GLOBAL \S+|No such file.*", str(error))
+        raise WeightsError(f"{path}: no checkpoint of tensors and plain data can be read "
+                           f"({said[0] if said else type(error).__name__}); fetch or train it "
+                           "again; `python model.py --download` fetches the official weights"
+                           ) from None
     return checkpoint
 
 
@@ -204,19 +196,17 @@ def load_state(model, state, path, head=True):
     """Load the state_dict `state`, read from `path`; without `head` all but the classifier. The
     file's BatchNorm tensors, which the network never applies, are left out. Any other difference,
     or a value that is not finite, raises WeightsError, before anything is loaded."""
-    wanted = {key: value.shape for key, value in model.state_dict().items()
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()
               if head or not key.startswith("dense.")}
-    state = {key: value for key, value in state.items()
-             if not re.search(UNUSED if head else rf"{UNUSED}|^dense\.", key)}
-    wrong = [f"{key} is missing" for key in wanted if key not in state]
-    wrong += [f"{key} is unknown" for key in state if key not in wanted]
-    wrong += [f"{key} is {tuple(state[key].shape)}, wanted {tuple(shape)}"
-              for key, shape in wanted.items() if key in state and state[key].shape != shape]
+    skipped = UNUSED if head else rf"{UNUSED}|^dense\."
+    state = {key: value for key, value in state.items() if not re.search(skipped, key)}
+    there = {key: tuple(value.shape) for key, value in state.items()}
+    wrong = [f"{key} is {there.get(key, 'missing')}, wanted {wanted.get(key, 'no such key')}"
+             for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
     wrong = wrong or [f"{key} is not finite" for key, v in state.items() if not v.isfinite().all()]
     if wrong:
-        more = f"; and {len(wrong) - 1} more" if wrong[1:] else ""
-        raise WeightsError(f"{path}: {wrong[0]}{more}; wanted the parameters of ECGFounder's "
-                           f"network with {model.first_conv.conv.in_channels} leads")
+        raise WeightsError(f"{path}: {wrong[0]} ({len(wrong)} in all do not fit ECGFounder's "
+                           f"network with {model.first_conv.conv.in_channels} leads)")
     model.load_state_dict(state, strict=head)
 
 
@@ -226,16 +216,15 @@ def load_pretrained(model, path, leads=LEADS):
 
     leads: the names of the model's. The file's others are dropped, which is the same as feeding
     zeros for them; a file that names none has all twelve, I alone, or these. Raises WeightsError
-    for what does not fit, see `load_state`.
-    """
+    for what does not fit."""
     checkpoint = read_checkpoint(path)
     state = dict(checkpoint["state_dict"])
-    stem = state.get(STEM, torch.zeros(0, 0, 0))    # (64, leads, 16)
+    stem = state.get(STEM, torch.zeros(0))      # (64, leads, 16)
     n = stem.shape[1] if stem.dim() == 3 else 0
-    there = list(checkpoint.get("leads") or {12: LEADS, 1: LEADS[:1]}.get(n, leads))
-    if n and (len(there) != n or not set(leads) <= set(there)):
-        raise WeightsError(f"{path}: has the leads {', '.join(map(str, there))}; wanted "
-                           f"{', '.join(leads)}: give other --leads")
+    there = checkpoint.get("leads") or {12: LEADS, 1: LEADS[:1]}.get(n, leads)
+    if n and (len(there) != n or not {*leads} <= {*there}):
+        raise WeightsError(f"{path}: has the leads {', '.join(there)}; wanted {', '.join(leads)}: "
+                           "give other --leads")
     if n:
         state[STEM] = stem[:, [there.index(lead) for lead in leads]]
     load_state(model, state, path, head=False)
@@ -245,37 +234,30 @@ def load_pretrained(model, path, leads=LEADS):
 def verify(path):
     """Load a checkpoint whole, and compare the official one's logits -> lines to print."""
     state = read_checkpoint(path)["state_dict"]
-    stem, bias = state.get(STEM), state.get("dense.bias")
-    if stem is None or stem.dim() != 3 or (bias is not None and bias.dim() != 1):
-        raise WeightsError(f"{path}: has no {STEM}; wanted ECGFounder's network")
-    model = ecgfounder(1 if bias is None else len(bias), stem.shape[1]).eval()
-    load_state(model, state, path, bias is not None)
-    n, digest = sum(not re.search(UNUSED, key) for key in state), sha256(path)
-    head = "no head" if bias is None else f"{len(bias)} classes"
+    stem, bias = state.get(STEM, torch.zeros(64, 12, 16)), state.get("dense.bias", torch.zeros(0))
+    if (stem.dim(), bias.dim()) != (3, 1):
+        raise WeightsError(f"{path}: not ECGFounder's network (its {STEM} is {tuple(stem.shape)})")
+    leads, n_classes = stem.shape[1], len(bias)
+    model = ecgfounder(n_classes or 1, leads).eval()
+    load_state(model, state, path, n_classes > 0)
+    n = sum(not re.search(UNUSED, key) for key in state)
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     lines = [f"{path}: {n} tensors loaded, {len(state) - n} unused BatchNorm tensors left out; "
-             f"{stem.shape[1]} leads, {head}"]
+             f"{leads} leads, {n_classes or 'no'} classes", f"sha256 {digest}"]
     if digest != OFFICIAL_SHA256:
-        return [*lines, f"sha256 {digest}: not the known 12-lead release, so its logits were not "
-                "compared"]
+        return [*lines, "not the known 12-lead release, so its logits were not compared"]
     with torch.no_grad():
         logits = model(torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000))[0, :10]
     if not torch.allclose(logits, torch.tensor(OFFICIAL_LOGITS), rtol=1e-4, atol=0):
         raise WeightsError(f"{path}: the file is the known release, but its logits "
                            f"{logits.tolist()} are not the published ones: this installation of "
                            "PyTorch computes the network wrongly; try another version")
-    return [*lines, "sha256 matches the known 12-lead release",
-            "logits equal the published ones (rtol 1e-4)"]
+    return [*lines, "the known 12-lead release; logits equal the published ones (rtol 1e-4)"]
 
 
-def sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-def download(path, digest=None):
+def download(path, digest):
     """Fetch a release to `path`: complete and, where it is known, with this hash, or not at all."""
     url = OFFICIAL_URL + Path(path).name
-    if digest and Path(path).exists() and sha256(path) == digest:
-        return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, path, hash_prefix=digest)

@@ -47,30 +47,29 @@ FREE_ARGUMENTS = ("resume", "out", "data", "device", "compile")     # may change
 # What --strategy post and --strategy baseline do; every row is an option. Sources of the values:
 # community, a third-party re-implementation, as the paper's own were not available; official,
 # ECGFounder's fine-tuning recipe, which has no probe; ours, tuned on fold 9 or chosen untuned.
-RECIPE = {
-    # name               post      baseline    sources, what it is
-    "probe_epochs":       (None, 0, "ours: about 200 steps, or 30 epochs if no fine-tuning "
-                                    "follows; official: no probe"),
-    "probe_lr":           (1e-3, 1e-3, "ours: learning rate of the probe, by cosine to 0"),
+RECIPE = {  # name: (post, baseline, sources and what it is)
+    "probe_epochs": (None, 0, "ours: about 200 steps, or 30 epochs if no fine-tuning follows"),
+    "probe_lr": (1e-3, 1e-3, "ours: learning rate of the probe, by cosine to 0"),
     "probe_weight_decay": (0.1, 0.1, "community"),
-    "epochs":             (30, 30, "community; ours: epochs of fine-tuning"),
-    "lr":                 (5e-4, 1e-4, "community; official: learning rate of fine-tuning"),
-    "final_lr":           (1e-5, 0.0, "community: where the cosine ends"),
-    "schedule":           ("cosine", "plateau", "community; official: divided by ten when the "
-                                                "validation AUROC stalls for over ten epochs"),
-    "optimizer":          ("adamw", "adam", "community; official"),
-    "weight_decay":       (0.05, 1e-5, "community; official"),
-    "clip":               (1.0, math.inf, "ours; official: largest norm of the gradient"),
-    "drop_path":          (0.5, 0.0, "community; official: share of residual branches dropped"),
-    "drop_path_mode":     ("constant", "constant", "ours, as the paper's is unknown: the same in "
-                                                   "every block; linear: growing with depth"),
-    "dropout":            (0.05, 0.0, "community; official: before the head"),
-    "batch_size":         (32, 256, "ours; official: ECGs per step, over all devices"),
-    "interpolate":        (True, False, "ours: at the end also validate weights between the "
-                                        "probe's and the last epoch's"),
+    "epochs": (30, 30, "community; ours: epochs of fine-tuning"),
+    "lr": (5e-4, 1e-4, "community; official: learning rate of fine-tuning"),
+    "final_lr": (1e-5, 0.0, "community: where the cosine ends"),
+    "schedule": ("cosine", "plateau", "community; official: cosine, or plateau: divided by ten "
+                                      "when the validation AUROC stalls for over ten epochs"),
+    "optimizer": ("adamw", "adam", "community; official: adamw, with no weight decay of vectors, "
+                                   "or adam"),
+    "weight_decay": (0.05, 1e-5, "community; official"),
+    "clip": (1.0, math.inf, "ours; official: largest norm of the gradient"),
+    "drop_path": (0.5, 0.0, "community; official: share of residual branches dropped"),
+    "drop_path_mode": ("constant", "constant", "ours, as the paper's is unknown: constant, or "
+                                               "linear: growing with depth"),
+    "dropout": (0.05, 0.0, "community; official: before the head"),
+    "batch_size": (32, 256, "ours; official: ECGs per step, over all devices"),
+    "interpolate": (True, False, "ours: at the end also validate weights between the probe's and "
+                                 "the last epoch's"),
 }
 CHOICES = {"schedule": ("cosine", "plateau"), "optimizer": ("adamw", "adam"),
-           "drop_path_mode": ("constant", "linear")}
+           "drop_path_mode": network.MODES}
 
 
 class Stage(NamedTuple):
@@ -78,9 +77,8 @@ class Stage(NamedTuple):
     epochs: int
     lr: float
     final_lr: float
-    schedule: str           # "cosine" from lr to final_lr, or "plateau" on the validation AUROC
-    optimizer: str          # "adamw": decoupled weight decay, none on one-dimensional parameters;
-                            # "adam": coupled, on all
+    schedule: str
+    optimizer: str
     weight_decay: float
     clip: float
 
@@ -92,10 +90,10 @@ def stages_of(args, steps):
         # Few, as it is a preview: a head that fits the pretrained features closely leaves
         # fine-tuning little incentive to improve them (Ren et al. 2023).
         probe_epochs = min(30, max(1, round(PREVIEW_STEPS / steps))) if args.epochs else 30
-    return (Stage("probe", probe_epochs, args.probe_lr, 0.0, "cosine", "adamw",
-                  args.probe_weight_decay, math.inf),
-            Stage("finetune", args.epochs, args.lr, args.final_lr, args.schedule, args.optimizer,
-                  args.weight_decay, args.clip))
+    probe = Stage("probe", probe_epochs, args.probe_lr, 0.0, "cosine", "adamw",
+                  args.probe_weight_decay, math.inf)
+    return probe, Stage("finetune", args.epochs, args.lr, args.final_lr, args.schedule,
+                        args.optimizer, args.weight_decay, args.clip)
 
 
 def learning_rates(stage, epoch, steps, aurocs):
@@ -151,17 +149,15 @@ def say(text):
 
 
 class Split(NamedTuple):
-    x: object               # the cache's memory map (N, leads, 5000), or a tensor on the device
-    rows: np.ndarray        # (n,), record i is x[rows[i]]
-    y: torch.Tensor         # (n, L) float32 of 0 and 1, on the device
+    x: object           # the cache's memory map (N, leads, 5000), or a tensor on the device
+    rows: np.ndarray    # (n,), record i is x[rows[i]]
+    y: torch.Tensor     # (n, L) float32 of 0 and 1, on the device
 
     def batch(self, index):
         """(signals (B, leads, 5000) or features (B, 1024) in float32, targets (B, L)), on the
         device."""
-        device, on_device = self.y.device, isinstance(self.x, torch.Tensor)
-        rows, index = (torch.from_numpy(i).to(device) for i in (self.rows[index], index))
-        x = self.x.index_select(0, rows) if on_device else torch.from_numpy(self.x[rows.cpu()])
-        return x.to(device).float(), self.y.index_select(0, index)
+        x = evaluate.take(self.x, self.rows[index], self.y.device)
+        return x, evaluate.take(self.y, index, self.y.device)
 
 
 def make_split(signals, labels, device):
@@ -181,17 +177,15 @@ def choose_records(args, labels):
     train, val, test = (labels.take(np.isin(labels.fold, some)) for some in folds)
     sizes, positives = [len(part.row) for part in (train, val, test)], val.y.sum(0)
     if not min(sizes) or not ((0 < positives) & (positives < len(val.row))).any():
-        raise InputError("{}: {} records in folds 1-8, {} in fold 9, {} in fold 10; wanted some in "
-                         "each, and in fold 9 both positives and negatives of a class".format(
-                             args.task, *sizes))
-    train = train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed))
+        raise InputError(f"{args.task}: {sizes} records in folds 1-8, 9 and 10; wanted some in "
+                         "each, and in fold 9 both positives and negatives of a class")
     if data.is_own(args.task):
         say(f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
+    train = train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed))
     a, b, c = (set(part.patient_id.tolist()) for part in (train, val, test))
-    shared = a & b | a & c | b & c
-    if shared:
-        say(f"{len(shared)} patients are in more than one of training, validation and test: the "
-            "scores will be optimistic")
+    if a & b | a & c | b & c:
+        say(f"{len(a & b | a & c | b & c)} patients are in more than one of training, validation "
+            "and test: the scores will be optimistic")
     return train, val
 
 
@@ -266,31 +260,72 @@ def epochs(run, stage, module, train_split, val_split, amp):
         yield {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
 
 
-def train_epoch(net, optimizer, scaler, split, batches, rates, clip=math.inf, amp=None):
+def train_epoch(net, optimizer, scaler, split, batches, rates, clip=math.inf, amp=None, step=None):
     """One pass over `batches` of indices, with a learning rate for each -> the mean loss, over all
-    processes. scaler: torch's GradScaler, which does nothing unless it is enabled (fp16). amp:
-    dtype of autocast, None for float32."""
+    processes. step: `train_step` or a GraphedStep; see `train_step` for the rest."""
     net.train()
-    device, losses = split.y.device, []
+    losses = []
     for index, rate in zip(batches, rates):
         for group in optimizer.param_groups:
-            group["lr"] = rate
-        x, y = split.batch(index)
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            logits = net(x)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), y)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
-        scaler.step(optimizer)      # in fp16 it skips steps with infinite gradients
-        scaler.update()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)     # where a graph reads it
+            else:
+                group["lr"] = rate
+        batch = split.batch(index)
+        losses.append((step or train_step)(net, optimizer, scaler, *batch, clip, amp))
     loss = torch.stack(losses).mean()
     if dist.is_initialized():
         dist.all_reduce(loss)
         loss /= dist.get_world_size()
     return loss.item()
+
+
+def train_step(net, optimizer, scaler, x, y, clip, amp):
+    """One step on a batch -> its loss, a tensor on the device, which is not waited for. scaler:
+    torch's GradScaler, which does nothing unless it is enabled (fp16). amp: dtype of autocast, None
+    for float32."""
+    with torch.autocast(x.device.type, amp, enabled=amp is not None):
+        logits = net(x)
+    loss = F.binary_cross_entropy_with_logits(logits.float(), y)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+    scaler.step(optimizer)      # in fp16 it skips steps with infinite gradients
+    scaler.update()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+class GraphedStep:
+    """`train_step` as a CUDA graph: a CPU takes several times as long to launch a step's thousand
+    and more kernels one by one as a GPU to run them.
+
+    The first steps are taken as usual: in them cuDNN picks its kernels, and the optimizer and the
+    scaler make their state. The next is recorded and, like all that follow, replayed. A replay
+    repeats the kernels on the memory they were recorded with: so batches have one shape and are
+    copied to one place, and learning rates are tensors. Random numbers are drawn anew."""
+
+    def __init__(self, optimizer, device, first=3):
+        self.first, self.graph, self.stream = first, None, torch.cuda.Stream()
+        for group in optimizer.param_groups:
+            group.update(lr=torch.zeros((), device=device), capturable=True)
+
+    def __call__(self, net, optimizer, scaler, x, y, clip, amp):
+        if self.first:
+            self.first -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):    # where it is recorded, too
+                loss = train_step(net, optimizer, scaler, x, y, clip, amp)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return loss
+        if self.graph is None:
+            self.graph, self.x, self.y = torch.cuda.CUDAGraph(), x.clone(), y.clone()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.loss = train_step(net, optimizer, scaler, self.x, self.y, clip, amp)
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.graph.replay()
+        return self.loss.clone()
 
 
 def infer_all(forward, split, amp):
@@ -429,14 +464,13 @@ def save_checkpoint(path, checkpoint):
 
 def check_same_run(args, last, described, path):
     """Raise InputError unless the checkpoint `last` has these arguments, classes and records."""
-    before = last.get("args", {})
-    changed = [f"--{key.replace('_', '-')} was {before.get(key)}, now {value}"
-               for key, value in vars(args).items()
+    before, now = ({**arguments, **fields} for arguments, fields in
+                   ((last.get("args", {}), last), (vars(args), described)))
+    changed = [f"{key} was {before.get(key)}, now {value}" for key, value in now.items()
                if key not in FREE_ARGUMENTS and before.get(key) != value]
-    changed += [f"{key} differ" for key, value in described.items() if last.get(key) != value]
     if changed:
-        raise InputError(f"{path}: this run cannot be resumed ({'; '.join(changed)}); give the same"
-                         " arguments and data, or another --out without --resume")
+        raise InputError(f"{path}: this run cannot be resumed ({'; '.join(changed)[:400]}); give "
+                         "the same arguments and data, or another --out")
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -444,20 +478,18 @@ def check_same_run(args, last, described, path):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
-    add("--task", required=True, metavar="TASK",
+    add("--task", required=True,
         help=f"one of {', '.join(data.TASKS)}, or a .csv table of your own (see README)")
-    add("--frac", type=float, default=1.0,
-        help="fraction of the training records; folds 9 and 10 stay whole (default: 1)")
-    add("--data", default="ptbxl",
-        help="the dataset's folder; its cache is built if missing (default: ptbxl)")
+    add("--frac", type=float, default=1.0, help="fraction of the training records (default: 1)")
+    add("--data", default="ptbxl", help="the dataset's folder, with or without a cache "
+                                        "(default: ptbxl)")
     add("--leads", default=",".join(data.LEADS), help="such as II,V1,V5 (default: all twelve)")
     add("--preprocess", choices=data.PREPROCESSING, default="filter",
         help="default: filter, as ECGFounder's authors require")
     add("--weights", default=network.OFFICIAL,
         help=f"checkpoint to start from, or none (default: {network.OFFICIAL})")
     add("--out", help="folder of the run (default: runs/<task>-frac<f>-<strategy>-seed<s>)")
-    add("--seed", type=int, default=0,
-        help="of initialization, training subset, batch order, drop path, dropout (default: 0)")
+    add("--seed", type=int, default=0, help="of everything that is drawn (default: 0)")
     add("--strategy", choices=("post", "baseline"), default="post",
         help="post: the paper's; baseline: ECGFounder's fine-tuning recipe (default: post)")
     add("--amp", choices=AMP, help="mixed precision (default: fp16 on CUDA, off on the CPU; ours)")
@@ -469,9 +501,8 @@ def parse(argv):
         kind = {"type": type(baseline), "choices": CHOICES.get(name)}
         if isinstance(post, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        value = "as said" if post is None else post
-        add(f"--{name.replace('_', '-')}", **kind,
-            help=f"{text} (default: {value}; with --strategy baseline {baseline})")
+        values = f" (default: {post}; with --strategy baseline {baseline})".replace("None", "that")
+        add(f"--{name.replace('_', '-')}", **kind, help=text + values)
     args = parser.parse_args(argv)
     for name, (post, baseline, _) in RECIPE.items():
         if getattr(args, name) is None:
@@ -483,15 +514,15 @@ def parse(argv):
 
 def check(args):
     """Raise InputError for unusable arguments, before anything is read or written."""
-    good = {"frac": 0 < args.frac <= 1, "epochs": args.epochs >= 0, "lr": args.lr > 0,
-            "probe_lr": args.probe_lr > 0, "drop_path": 0 <= args.drop_path < 1,
-            "dropout": 0 <= args.dropout < 1, "batch_size": args.batch_size >= place()[1],
-            "seed": args.seed >= 0, "probe_epochs": args.probe_epochs != 0 or args.epochs}
-    for name, fine in good.items():
-        if not fine:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; wanted 0 < frac"
-                             " <= 1, 0 <= dropout, drop path < 1, rates above 0, epochs, not both 0"
-                             ", and a record per process")
+    wanted = {"frac": 0 < args.frac <= 1, "epochs": args.epochs >= 0, "seed": args.seed >= 0,
+              "probe_epochs": args.epochs or args.probe_epochs != 0, "lr": args.lr > 0,
+              "batch_size": args.batch_size >= place()[1], "drop_path": 0 <= args.drop_path < 1,
+              "dropout": 0 <= args.dropout < 1}
+    bad = [name for name, fine in wanted.items() if not fine]
+    if bad:
+        raise InputError(f"--{bad[0].replace('_', '-')} is {getattr(args, bad[0])}; wanted 0 < frac"
+                         " <= 1, 0 <= dropout, drop path < 1, a rate and epochs above 0, an ECG "
+                         "per process and step")
     if Path(args.out, "metrics.jsonl").exists() and not args.resume:
         raise InputError(f"{args.out}: holds a run already; --resume continues it, another --out "
                          "starts a new one")
@@ -550,14 +581,12 @@ def finish(args, device, labels, signals):
 
 def main(argv=None):
     args = parse(argv)
-    stopped = ("stopped; the same command with --resume continues after the last finished epoch "
-               f"({args.out}/last.pt)")
+    stopped = "stopped; the same command with --resume continues after the last finished epoch"
+    # The last one: a smaller --batch-size needs less memory.
+    known = network.WeightsError, torch.OutOfMemoryError
     try:
-        with data.errors_in_one_line("post_train.py", network.WeightsError, interrupted=stopped):
+        with data.errors_in_one_line("post_train.py", *known, interrupted=stopped):
             post_train(args)
-    except torch.OutOfMemoryError:
-        sys.exit("post_train.py: the GPU's memory is too small to train on a batch of "
-                 f"{args.batch_size}; a smaller --batch-size may fit, with another --out")
     except SystemExit as stop:
         if dist.is_initialized():   # leaving the group would wait for the other processes
             sys.stdout.flush()

@@ -1,14 +1,13 @@
 """What several test files use."""
 import csv
-import itertools
 import json
 import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
-import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -17,7 +16,6 @@ import post_train
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-TIMINGS = ("seconds", "ecgs_per_second", "peak_memory_mb")
 
 
 def read_csv(path):
@@ -58,34 +56,39 @@ def arguments(root, out, *more):
 
 def prefer_the_middle(monkeypatch):
     """Interpolations that beat every epoch: the second, and still more the third of the four."""
-    save_best = post_train.save_best
+    log = post_train.Run.log
 
-    def preferring(run):
-        line = run.history[-1]
+    def preferring(run, **line):
         if line["stage"] == "interpolate":
             line["macro_auroc"] = (0.0, 1.5, 2.0, 1.0)[line["epoch"] - 1]
-        save_best(run)
+        log(run, **line)
 
-    monkeypatch.setattr(post_train, "save_best", preferring)
+    monkeypatch.setattr(post_train.Run, "log", preferring)
 
 
 def history(out):
     """A run's metrics.jsonl without what differs from time to time."""
     lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    return [{key: v for key, v in line.items() if key not in TIMINGS} for line in lines]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
 def weights(out, name="last.pt"):
     return torch.load(Path(out, name), weights_only=True)["state_dict"]
 
 
+def assert_same_run(a, b):
+    assert history(a) == history(b)
+    for name in ("best.pt", "last.pt"):
+        torch.testing.assert_close(weights(a, name), weights(b, name), rtol=0, atol=0)
+    assert Path(a, "test.json").read_text() == Path(b, "test.json").read_text()
+
+
 def by_sklearn(y, prob, weight=None):
-    """Scores (2, L), NaN for classes without weight on either side."""
-    scores, w = np.full((2, y.shape[1]), np.nan), np.ones(len(y)) if weight is None else weight
-    for c in range(y.shape[1]):
-        if w[y[:, c] == 1].sum() > 0 and w[y[:, c] == 0].sum() > 0:
-            scores[0, c] = roc_auc_score(y[:, c], prob[:, c], sample_weight=weight)
-            scores[1, c] = average_precision_score(y[:, c], prob[:, c], sample_weight=weight)
+    """AUROC and AUPRC (2, L); NaN for a class without positives or negatives."""
+    scores = np.full((2, y.shape[1]), np.nan)
+    for c in np.flatnonzero((y == 1).any(0) & (y == 0).any(0)):
+        scores[:, c] = [metric(y[:, c], prob[:, c], sample_weight=weight)
+                        for metric in (roc_auc_score, average_precision_score)]
     return scores
 
 
@@ -98,40 +101,27 @@ def predicted(path, x):
         return torch.sigmoid(model(torch.from_numpy(x))).numpy()
 
 
-def assert_same_run(a, b):
-    assert history(a) == history(b)
-    for name in ("best.pt", "last.pt"):
-        for key, value in weights(a, name).items():
-            assert torch.equal(value, weights(b, name)[key]), (name, key)
-    assert Path(a, "test.json").read_text() == Path(b, "test.json").read_text()
-
-
 def content(folder):
     """Name -> bytes of its files."""
-    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != ".lock"}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def temporaries(folder):
-    """The files that are being written there."""
-    return [p for p in Path(folder).rglob(".[0-9]*") if p.is_file()]
+    """The files that are being written there, .<name>.<process>."""
+    return [path for path in Path(folder).rglob(".*") if path.suffix[1:].isdigit()]
 
 
 @contextmanager
-def states_kept(folder, to, *calls):
-    """Copy `folder` to the folders 1, 2 ... of `to`, as a kill would leave it before each of these
-    calls of the module os; what is being written is there by half."""
-    numbers = itertools.count(1)
+def states_kept(folder, to):
+    """Copy `folder` to the folders 1, 2 ... of `to`, as a kill would leave it before each call of
+    os.replace: what is being written is there by half. Gives the list of the copies."""
+    states, replace = [], os.replace
 
-    def keeping(call):
-        def keep_and_call(*args):
-            if Path(folder).exists():
-                state = shutil.copytree(folder, Path(to, str(next(numbers))))
-                for path in temporaries(state):
-                    os.truncate(path, path.stat().st_size // 2)
-            return call(*args)
-        return keep_and_call
+    def keep_and_replace(*args):
+        states.append(shutil.copytree(folder, Path(to, str(len(states) + 1))))
+        for path in temporaries(states[-1]):
+            os.truncate(path, path.stat().st_size // 2)
+        replace(*args)
 
-    with pytest.MonkeyPatch.context() as m:
-        for name in calls:
-            m.setattr(os, name, keeping(getattr(os, name)))
-        yield
+    with patch.object(os, "replace", keep_and_replace):
+        yield states

@@ -1,129 +1,138 @@
-"""The metric against scikit-learn, the intervals, predictions, comparisons, and the tool."""
+"""The metric against scikit-learn; intervals against DeLong's, sums done by hand and a simulation;
+predictions, comparisons, and the ECG sheet."""
 import json
 import shutil
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, strategies as st
+import scipy.stats
+from hypothesis import given, settings, strategies as st
+from matplotlib.figure import Figure
 
 import data
 import evaluate
-from helpers import by_sklearn, predicted, write_csv
+from helpers import by_sklearn, predicted, write_record
+
+MACROS, DIFFS = ["macro_auroc", "macro_auprc"], ["macro_auroc_diff", "macro_auprc_diff"]
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 
-@st.composite
-def scored(draw):
-    """Labels and probabilities with many ties, and weights of which some are zero."""
-    n, classes = draw(st.integers(2, 40)), draw(st.integers(1, 4))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    y = rng.random((n, classes)) < draw(st.floats(0, 1))
-    prob = np.round(rng.random((n, classes)), draw(st.integers(0, 3)))
-    return y.astype(int), prob, np.where(rng.random(n) < 0.2, 0, rng.exponential(size=n))
-
-
-def made_up(n, classes, seed=0, prevalence=0.05):
+def made_up(n, classes=3, seed=0, prevalence=0.3, digits=9, effect=1.0):
+    """Labels and probabilities, with ties if they have few digits."""
     rng = np.random.default_rng(seed)
     y = (rng.random((n, classes)) < prevalence).astype(int)
-    y[0] = 1
-    return y, 1 / (1 + np.exp(-(rng.normal(size=(n, classes)) + y - 2)))
+    return y, np.round(1 / (1 + np.exp(-rng.normal(size=y.shape) - effect * y)), digits)
 
 
-@given(scored())
-def test_equal_to_scikit_learn(case):
-    """Unweighted, weighted, and with several weightings at once."""
-    y, prob, weight = case
-    plain, one = (np.array(evaluate.auroc_auprc(y, prob, w)) for w in (None, weight))
-    np.testing.assert_allclose(plain, by_sklearn(y, prob), atol=1e-12)
-    want = by_sklearn(y, prob, weight)
-    defined = ~np.isnan(want[0])
-    np.testing.assert_allclose(one[:, defined], want[:, defined], atol=1e-12)
-    assert np.isnan(one[0, ~defined]).all()
-    both = np.array(evaluate.auroc_auprc(y, prob, np.stack([weight, np.ones(len(y))])))
-    np.testing.assert_allclose(both, np.stack([one, plain], axis=1), atol=1e-12)
+def scores_of(y, prob, patient_id=None):
+    return evaluate.score({"y_true": y, "y_prob": prob, "patient_id": patient_id})
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, bool, np.int64, np.float16, np.float64])
-def test_by_hand(dtype):
-    """Labels 1 0 1 0. Scores .9 .8 .7 .6: three of four pairs are in order, precisions 1 and 2/3 at
-    the positives. Scores 1 0 0 0: a tie counts half."""
-    y = np.array([[1], [0], [1], [0]])
-    auroc, auprc = evaluate.auroc_auprc(y, [[0.9], [0.8], [0.7], [0.6]])
-    assert auroc == [0.75] and auprc == pytest.approx([5 / 6])
-    auroc, auprc = evaluate.auroc_auprc(y.astype(dtype), np.eye(4)[:, :1].astype(dtype))
-    assert auroc == [0.75] and auprc == pytest.approx([0.5 * (1 + 2 / 4)])
+CASES = st.builds(made_up, st.integers(2, 15), st.integers(1, 3), st.integers(0, 999),
+                  st.floats(0, 1), st.integers(0, 3))
+
+
+@given(CASES)
+def test_scores_equal_scikit_learns(case):
+    np.testing.assert_allclose(evaluate.auroc_auprc(*case), by_sklearn(*case), atol=1e-12)
 
 
 def test_undefined_classes_do_not_count():
-    y, half = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1]]), np.full((3, 1), 0.5)
-    prob = np.hstack([[[0.9], [0.1], [0.8]], half, half])
-    scores = evaluate.report(evaluate.score(y, prob), y, ["a", "b", "c"])
-    assert scores["undefined"] == ["b", "c"] and scores["macro_auroc"] == 1.0
-    assert scores["per_class"] == {"a": {"positives": 2, "auroc": 1.0, "auprc": 1.0},
-                                   "b": {"positives": 0, "auroc": None, "auprc": None},
-                                   "c": {"positives": 3, "auroc": None, "auprc": None}}
-    nothing = evaluate.report(evaluate.score(y[:, 1:2], half), y[:, 1:2], ["b"])
-    assert nothing["macro_auroc"] is None and nothing["macro_auroc_ci"] == [None, None]
-    json.dumps([scores, nothing], allow_nan=False)
-    assert evaluate.model_lines([{"name": "m", **scores}])[-1].endswith(": b, c")
+    y, prob, names = np.array([[1, 0, 1], [0, 0, 1]]), np.array([[0.9] * 3, [0.1] * 3]), [*"abc"]
+    some = evaluate.report(scores_of(y, prob), {"y_true": y, "classes": names})
+    assert some["undefined"] == ["b", "c"] and some["macro_auroc"] == some["macro_auprc"] == 1.0
+    assert some["per_class"]["a"] == {"positives": 1, "auroc": 1.0, "auprc": 1.0}
+    assert some["per_class"]["c"] == {"positives": 2, "auroc": None, "auprc": None}
+    assert "2 classes undefined" in evaluate.macro_line("m", some)
+    assert evaluate.class_lines(some)[2].split() == ["b", "0", "-", "-"]
+    none = evaluate.report(scores_of(y[:, 1:], prob[:, 1:]), {"y_true": y[:, 1:], "classes": "bc"})
+    assert none["macro_auroc"] is None and none["macro_auprc_ci"] == [None, None]
 
 
-def test_bootstrap_equals_scikit_learn_draw_by_draw(monkeypatch):
-    y, prob = made_up(80, 3)
-    patient = np.arange(80) // 2
-    got = evaluate.bootstrap(y, prob, patient + 1000, draws=5, seed=3)
-    weights = np.random.default_rng(3).exponential(size=(5, 40))  # one weight a patient
-    np.testing.assert_allclose(got, [by_sklearn(y, prob, w[patient]) for w in weights], atol=1e-12)
-    at_once, areas = [], evaluate.auroc_auprc
-    monkeypatch.setattr(evaluate, "auroc_auprc",
-                        lambda y, prob, w: at_once.append(len(w)) or areas(y, prob, w))
-    monkeypatch.setattr(evaluate, "DRAW_CHUNK", 200)  # weights, so that memory is bounded
-    assert np.array_equal(got, evaluate.bootstrap(y, prob, patient + 1000, draws=5, seed=3))
-    assert at_once == [2, 2, 1]
+# ---------------------------------------------------------------------------------------- intervals
+
+def slopes_by_sklearn(y, prob, step=1e-5):
+    """Central differences of scikit-learn's scores by the weight of each record, less the mean over
+    the records of its kind: (N, L) -> (2, N, L)."""
+    up, down = (np.stack([by_sklearn(y, prob, 1 + change) for change in sign * np.eye(len(y))], 1)
+                for sign in (step, -step))
+    slopes = (up - down) / (2 * step)
+    for kind in (y == 0, y == 1):
+        slopes -= kind * (slopes * kind).sum(1, keepdims=True) / np.maximum(kind.sum(0), 1)
+    return slopes
 
 
-def test_interval_covers_as_the_normal_one_does():
-    """For one class of many records the width is DeLong's: that of the spread over new samples."""
-    fresh = [evaluate.auroc_auprc(*made_up(600, 1, seed, 0.3))[0][0] for seed in range(300)]
-    y, prob = made_up(600, 1, 1, 0.3)
-    low, high = evaluate.report(evaluate.score(y, prob), y, ["a"])["macro_auroc_ci"]
-    assert (high - low) / 2 == pytest.approx(1.96 * np.std(fresh), rel=0.15)
+@settings(max_examples=20)
+@given(CASES)
+def test_slopes_equal_differences_of_scikit_learn(case):
+    found = evaluate.areas_and_slopes(*case)[1]
+    np.testing.assert_allclose(found, slopes_by_sklearn(*case), atol=1e-7)
 
 
-def test_differences_are_paired_by_the_weights_of_the_patients():
-    """Once more by scikit-learn, both models under one weighting at a time."""
-    y, prob = made_up(60, 2, prevalence=0.3)
-    other = np.clip(prob + np.random.default_rng(9).normal(0, 0.1, prob.shape), 0, 1)
-    patient = np.arange(60) // 2
-    weights = np.random.default_rng(0).exponential(size=(50, 30))[:, patient]
-    want = [by_sklearn(y, other, w).mean(1) - by_sklearn(y, prob, w).mean(1) for w in weights]
-    a, b = (evaluate.Scores(np.stack(evaluate.auroc_auprc(y, p)),
-                            evaluate.bootstrap(y, p, patient, draws=50)) for p in (prob, other))
-    got = evaluate.difference(a, b, ["x", "y"])
-    point = by_sklearn(y, other).mean(1) - by_sklearn(y, prob).mean(1)
-    ends = (point - (np.percentile(want, (97.5, 2.5), axis=0) - point)).T
-    np.testing.assert_allclose([got[f"macro_{m}_diff_ci"] for m in evaluate.METRICS], ends,
-                               atol=1e-12)
+@pytest.mark.parametrize("negatives", [50, 80, 500])
+def test_the_variance_of_auroc_is_delongs(negatives):
+    y, prob = np.repeat([1, 0], (50, negatives)), made_up(50 + negatives, 1, digits=2)[1][:, 0]
+    order = np.sign(prob[:50, None] - prob[50:]) / 2 + 0.5      # of all pairs, a tie counts half
+    delong = order.mean(1).var(ddof=1) / 50 + order.mean(0).var(ddof=1) / negatives
+    found = scores_of(y[:, None], prob[:, None])
+    assert found.factor * (found.slopes[0]**2).sum() == pytest.approx(delong, rel=0.01)
 
 
-def test_intervals_hold_the_true_score():
-    """In how many of 100 fresh samples with 12 rare classes: mirrored, and the draws' percentiles
-    themselves, which lie too high for AUPRC."""
-    true = np.mean([evaluate.auroc_auprc(*made_up(40_000, 12, seed, 0.03)) for seed in range(3)], 0)
-    true, held, by_percentiles = true.mean(1), np.zeros(2), np.zeros(2)
-    for seed in range(100):
-        y, prob = made_up(400, 12, seed, 0.03)
-        point = evaluate.macro(np.stack(evaluate.auroc_auprc(y, prob)))
-        draws = evaluate.macro(evaluate.bootstrap(y, prob, draws=100, seed=seed))
-        low, high = evaluate.interval(point, draws).T
-        held += (low <= true) & (true <= high)
-        low, high = np.percentile(draws, (2.5, 97.5), axis=0)
-        by_percentiles += (low <= true) & (true <= high)
-    assert held == pytest.approx([90, 86], abs=3)
-    assert by_percentiles == pytest.approx([90, 11], abs=3)
+def test_the_factor_makes_up_for_few_patients_with_a_class():
+    """With 1, 2 and 4 positives (1 + 1/2 + 1/4) / (0 + 1/4 + 3/16) = 4; with one class n / (n - 1).
+    Two positives of one patient count as one, and few negatives as few positives do."""
+    y, prob = (np.arange(20)[:, None] < [1, 2, 4]).astype(int), made_up(20)[1]
+    assert scores_of(y, prob).factor == scores_of(1 - y, prob).factor == pytest.approx(4)
+    one, two, four = ((y[:, [c]], prob[:, [c]]) for c in range(3))
+    assert [scores_of(*two).factor, scores_of(*four).factor] == pytest.approx([2, 4 / 3])
+    assert scores_of(*four, np.arange(20) // 2).factor == pytest.approx(2)
+    assert scores_of(*one).factor > 1e9
 
 
-# ------------------------------------------------------------------------------- a checkpoint
+def test_intervals_equal_sums_by_hand():
+    """Of a model and its difference from another, with two records of most patients."""
+    (y, a), (_, b), patient = made_up(25), made_up(25, effect=2.0), np.append(np.arange(24) // 2, 0)
+    n = [min(len({*patient[y[:, c] == kind]}) for kind in (0, 1)) for c in range(3)]
+    factor = sum(1 / k for k in n) / sum((k - 1) / k**2 for k in n)
+
+    def half(slopes):
+        sums = np.stack([slopes[:, patient == who].sum(1) for who in range(12)], 1)
+        freedom = (sums**2).sum(1)**2 / (sums**4).sum(1)
+        return scipy.stats.t.ppf(0.975, freedom) * np.sqrt(factor * (sums**2).sum(1))
+
+    p, of_b = by_sklearn(y, b).mean(1), slopes_by_sklearn(y, b).mean(2)
+    diff, of_diff = p - by_sklearn(y, a).mean(1), of_b - slopes_by_sklearn(y, a).mean(2)
+    scores = [scores_of(y, prob, patient) for prob in (a, b)]
+    found = evaluate.report(scores[1], {"y_true": y, "classes": "xyz"})
+    found |= evaluate.difference(*scores, "xyz")
+    for i in (0, 1):
+        step = half(of_b)[i] / p[i] / (1 - p[i])
+        logits = scipy.special.logit([found[MACROS[i]], *found[f"{MACROS[i]}_ci"]])
+        assert logits == pytest.approx(logits[0] + step * np.array([0, -1, 1]))
+        ends = diff[i] - half(of_diff)[i], diff[i] + half(of_diff)[i]
+        assert found[f"{DIFFS[i]}_ci"] == pytest.approx(ends)
+
+
+@pytest.mark.parametrize("counts, held", [([2, 3, 4, 6, 8, 12, 20, 30], [0.97, 0.97, 0.96, 0.975]),
+                                          ([60, 80, 100, 120], [0.96, 0.97, 0.95, 0.96])])
+def test_intervals_hold_the_expected_score(counts, held):
+    """In which part of 400 test sets of 300 patients with so many positives: of AUROC and AUPRC the
+    mean over all these sets, and that of their differences between two models."""
+    rng, points, intervals = np.random.default_rng(0), [], []
+    for _ in range(400):
+        y = np.stack([rng.permutation(300) < count for count in counts], 1)
+        shared, noise = 0.8 * rng.normal(size=y.shape), 0.6 * rng.normal(size=(2, *y.shape))
+        a, b = (scores_of(y, shared + noise[i] + (1.2 + 0.3 * i) * y) for i in (0, 1))
+        found = evaluate.report(b, {"y_true": y, "classes": counts})
+        found |= evaluate.difference(a, b, counts)
+        points.append([found[key] for key in MACROS + DIFFS])
+        intervals.append([found[f"{key}_ci"] for key in MACROS + DIFFS])
+    true, (low, high) = np.mean(points, 0), np.moveaxis(intervals, 2, 0)
+    found = ((low <= true) & (true <= high)).mean(0)
+    assert found == pytest.approx(held, abs=0.006) and found.min() > 0.93 and found.max() < 0.99
+
+
+# -------------------------------------------------------------------------------------- predictions
 
 @pytest.fixture
 def checkpoint(tiny, undisturbed, tmp_path):
@@ -131,194 +140,123 @@ def checkpoint(tiny, undisturbed, tmp_path):
     return shutil.copytree(undisturbed, tmp_path / "run") / "best.pt"
 
 
-def test_other_folds_go_to_a_file_of_their_own(checkpoint, demo_set, tmp_path, capsys):
-    """And records that trained the model are said, wherever and in whatever table they stand."""
-    labels, other = data.load_labels(demo_set, "rhythm12"), tmp_path / "set"
-    shutil.copytree(demo_set, other)
-    table, rows = tmp_path / "own.csv", zip(labels.record, labels.y[:, 0])
-    write_csv(table, [{"record": name, labels.classes[0]: y} for name, y in rows])
-    dealt = data.load_labels(demo_set, table).fold == 10  # anew
-    own, folder = ["--task", str(table), "--data", str(other)], checkpoint.parent
-    for more, n in ((["--fold", "1", "--task", "all71"], (labels.fold == 1).sum()),
-                    (["--fold", "8", "9"], (labels.fold == 8).sum()), (["--fold", "9", "10"], 0),
-                    (own, (dealt & (labels.fold < 9)).sum())):
-        evaluate.main([str(checkpoint), *more])
-        said = f"{n} of these records are of patients in the training data of {checkpoint}: "
-        said = said in capsys.readouterr().out
-        assert said is bool(n) and (n or more[-1] == "10")
-    found = np.load(folder / "predictions-8-9.npz")["ecg_id"].tolist()
-    assert found == labels.ecg_id[np.isin(labels.fold, (8, 9))].tolist()
-    assert not (folder / "predictions.npz").exists()
+@pytest.fixture
+def evaluated(tmp_path):
+    """Calls evaluate.py and returns the scores that it writes."""
+    def call(*argv):
+        evaluate.main([*map(str, argv), "--json", str(tmp_path / "scores.json")])
+        return json.loads((tmp_path / "scores.json").read_text())
+    return call
 
 
-def test_predictions_score_as_their_checkpoint_does(checkpoint, demo, tmp_path):
-    """Where no patient is known, too."""
-    labels, table, files = data.load_labels(demo, "rhythm12"), tmp_path / "own.csv", []
-    rows = zip(labels.record, labels.y[:, 0])
-    write_csv(table, [{"record": name, labels.classes[0]: y} for name, y in rows])
-    out = tmp_path / "own.npz"
-    own = ["--data", demo, "--task", table, "--fold", "all", "--out", out]
-    for argv in ([checkpoint, *own], [out]):
-        files.append(tmp_path / f"{len(files)}.json")
-        evaluate.main(list(map(str, [*argv, "--json", files[-1]])))
-    assert files[0].read_text() == files[1].read_text()
-
-
-def test_a_checkpoint_alone_is_enough(checkpoint, demo_set, tmp_path, capsys):
-    evaluate.main([str(checkpoint), "--json", str(tmp_path / "s.json")])
-    out, scores = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
-    assert scores == json.loads((checkpoint.parent / "test.json").read_text())
-    z = np.load(checkpoint.parent / "predictions.npz", allow_pickle=False)
-    assert z.files == ["ecg_id", "patient_id", "classes", "y_true", "y_prob"]
-    labels = data.load_labels(demo_set, "rhythm12")
+def test_a_checkpoint_alone_is_enough(checkpoint, evaluated, demo_set, capsys):
+    """Its scores, once more from the recordings, without the cache, the batches or the metric."""
+    scores, z = evaluated(checkpoint), np.load(checkpoint.with_name("predictions.npz"))
+    out, labels = capsys.readouterr().out, data.load_labels(demo_set, "rhythm12")
+    assert scores == json.loads(checkpoint.with_name("test.json").read_text())
     assert z["ecg_id"].tolist() == labels.ecg_id[labels.fold == 10].tolist()
     assert z["classes"].tolist() == labels.classes
-    # Once more from the recordings, without the project's cache, batches or metric.
     paths = [demo_set / f"records500/00000/{i:05d}_hr" for i in z["ecg_id"]]
     x = np.stack([data.preprocess(*data.read_record(path)) for path in paths])
-    prob = predicted(checkpoint, x)
-    np.testing.assert_allclose(z["y_prob"], prob, atol=2e-3)  # the cache is float16
+    np.testing.assert_allclose(z["y_prob"], predicted(checkpoint, x), atol=2e-3)    # float16 cache
     want = np.nanmean(by_sklearn(z["y_true"], z["y_prob"]), axis=1)
-    low, high = scores["macro_auroc_ci"]
-    assert scores["n"] == len(x) and low <= scores["macro_auroc"] <= high
-    assert [scores["macro_auroc"], scores["macro_auprc"]] == pytest.approx(want)
-    few = ((z["y_true"].sum(0) > 0) & (z["y_true"].sum(0) < 10)).sum()
-    words = [f"{len(x)} records", f"run        {want[0]:.4f}", *labels.classes,
-             f"{few} of 12 classes have fewer than 10 positives"]
+    assert [scores[key] for key in MACROS] == pytest.approx(want)
+    words = [f"{len(x)} records", f"AUROC {want[0]:.4f}", f"AUPRC {want[1]:.4f}", *labels.classes]
     assert all(word in out for word in words)
-
-    evaluate.main([str(checkpoint), "--record", f"{paths[0]}.dat"])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
-    likely = dict(zip(labels.classes, z["y_prob"][0]))
-    assert [line[0] for line in lines[:5]] == sorted(likely, key=likely.get, reverse=True)[:5]
-    assert all(abs(float(p) - likely[name]) < 6e-5 for name, p, *_ in lines)  # of four digits
+    pair = evaluated(checkpoint, checkpoint.with_name("predictions.npz"))["pairs"][0]
+    of_itself = [value for key, value in pair.items() if key.startswith("macro")]
+    assert np.hstack(of_itself).tolist() == [0.0] * 8   # differences, their intervals, gains
 
 
-def test_large_logits_do_not_tie():
-    logits = np.array([-30, 0, 17, 18, 25, 30], np.float32)
-    prob = evaluate.probabilities(logits)
-    assert prob.dtype == np.float64 and (np.diff(prob) > 0).all()
-    np.testing.assert_allclose(prob, 1 / (1 + np.exp(-logits.astype(float))), rtol=1e-12)
+def test_other_folds_go_to_a_file_of_their_own(checkpoint, evaluated, demo_set):
+    """Which scores as its checkpoint does."""
+    path, labels = checkpoint.parent / "predictions-8-9.npz", data.load_labels(demo_set, "rhythm12")
+    assert evaluated(checkpoint, "--fold", 8, 9) == evaluated(path)
+    assert np.load(path)["ecg_id"].tolist() == labels.ecg_id[np.isin(labels.fold, (8, 9))].tolist()
+    assert not checkpoint.with_name("predictions.npz").exists()
 
 
-def test_where_memory_is_short_smaller_batches_are_tried():
-    """A function that fails above five ECGs, and one that always does."""
-    tried = []
-
-    def function(x):
-        tried.append(len(x))
-        if len(x) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return x.mean(-1)
-
-    signals = np.random.default_rng(0).normal(size=(40, 2, 8)).astype(np.float16)
-    got = evaluate.infer(function, signals, np.arange(3, 40), "cpu", 16)
-    np.testing.assert_allclose(got, signals[3:].astype(np.float32).mean(-1), atol=1e-6)
-    assert tried[:3] == [16, 8, 4] and sum(tried[2:]) == 37
-    with pytest.raises(torch.OutOfMemoryError):
-        evaluate.infer(lambda x: function(torch.zeros(6)), signals, np.arange(3), "cpu", 16)
+def test_inference_in_batches():
+    """And large logits, whose probabilities in float32 would tie."""
+    signals = np.random.default_rng(0).normal(size=(200, 2, 8)).astype(np.float16)
+    rows, logits = np.arange(199, 1, -1), np.array([-30, 0, 17, 18, 25, 30], np.float32)
+    found = evaluate.infer(lambda x: x.mean(-1) / (len(x) <= 64), signals, rows, "cpu")
+    np.testing.assert_allclose(found, signals[rows].astype(np.float32).mean(-1), atol=1e-6)
+    want = 1 / (1 + np.exp(-logits.astype(float)))
+    np.testing.assert_allclose(evaluate.probabilities(logits), want, rtol=1e-14)
 
 
-# ------------------------------------------------------------------------------- comparison
+def save(path, of=None, **arrays):
+    """Write predictions, those of the file `of` with other arrays; None: without them."""
+    arrays = {**(np.load(of) if of else {}), **arrays}
+    np.savez(path, **{key: array for key, array in arrays.items() if array is not None})
+
 
 @pytest.fixture
-def models(tmp_path):
-    """The folder of four models' predictions of the same 60 records of 30 patients and 3 classes,
-    each but the first in an order of its own; b does not know the patients."""
-    y, _ = made_up(60, 3, prevalence=0.3)
-    for m, name in enumerate("abcd"):
-        rng = np.random.default_rng(m)
-        prob = 1 / (1 + np.exp(-(rng.normal(size=y.shape) + (1 + m / 2) * y - 2)))
-        rows, columns = np.arange(60), np.arange(3)
-        if name != "a":
-            rows, columns = rng.permutation(60), rng.permutation(3)
-        np.savez(tmp_path / f"{name}.npz", y_true=y[rows][:, columns], ecg_id=rows + 1000,
-                 y_prob=prob[rows][:, columns], classes=np.array(["x", "y", "z"])[columns])
-        if name != "b":
-            change(tmp_path, name, name, patient_id=rows // 2 * 3)
-    return tmp_path
+def models(tmp_path, monkeypatch):
+    """Three models' predictions of the same 60 records of 30 patients and 3 classes, each but the
+    first in an order of its own; b does not know the patients."""
+    monkeypatch.chdir(tmp_path)
+    for m, name in enumerate("abc"):
+        rng, (y, prob) = np.random.default_rng(m), made_up(60, effect=1 + m / 2)
+        rows, columns = (rng.permutation(n) if m else np.arange(n) for n in (60, 3))
+        save(f"{name}.npz", y_true=y[rows][:, columns], y_prob=prob[rows][:, columns],
+             ecg_id=rows + 1000, patient_id=None if name == "b" else rows // 2,
+             classes=np.array(["x", "y", "z"])[columns])
 
 
-def change(models, name, other, **arrays):
-    """Save the predictions `name` as `other` with these arrays; None: without them."""
-    with np.load(models / f"{name}.npz") as z:
-        found = {key: z[key] for key in z.files} | arrays
-    np.savez(models / f"{other}.npz", **{k: v for k, v in found.items() if v is not None})
+def test_models_side_by_side(models, evaluated, capsys):
+    """Each as alone, but that b alone does not know the patients."""
+    result, text = evaluated("a.npz", "b.npz", "c.npz"), capsys.readouterr().out
+    assert [pair["a"][0] + pair["b"][0] for pair in result["pairs"]] == ["ab", "ac", "bc"]
+    for model, known in zip(result["models"], (True, False, True)):
+        alone, z = evaluated(model["name"]), np.load(model["name"])
+        assert model["per_class"] == alone["per_class"]
+        assert (model["macro_auroc_ci"] == pytest.approx(alone["macro_auroc_ci"])) is known
+        want = by_sklearn(z["y_true"], z["y_prob"]).mean(1)
+        assert [model[key] for key in MACROS] == pytest.approx(want)
+    (a, _, c), pair = result["models"], result["pairs"][1]
+    for key in MACROS:
+        assert pair[f"{key}_diff"] == pytest.approx(c[key] - a[key])
+        assert pair[f"{key}_gain_percent"] == pytest.approx(100 * (c[key] - a[key]) / a[key])
+        assert f"{c[key] - a[key]:+.4f}" in text
+    of_a, of_c = (model["per_class"]["x"]["auprc"] for model in (a, c))
+    assert pair["classes"]["x"]["auprc_diff"] == pytest.approx(of_c - of_a)
 
 
-def compared(models, *names):
-    files = [str(models / name) for name in names]
-    evaluate.main([*files, "--json", str(models / "s.json")])
-    return json.loads((models / "s.json").read_text())
-
-
-def test_models_side_by_side(models, capsys):
-    out, macros = compared(models, "a.npz", "b.npz", "c.npz"), ("macro_auroc", "macro_auprc")
-    text, by_name = capsys.readouterr().out, {m["name"]: m for m in out["models"]}
-    assert list(by_name) == ["a", "b", "c"]
-    for name, m in by_name.items():  # as each alone, but that b alone does not know the patients
-        alone = compared(models, f"{name}.npz")
-        with np.load(models / f"{name}.npz") as z:
-            assert [alone[k] for k in macros] == pytest.approx(
-                by_sklearn(z["y_true"], z["y_prob"]).mean(1))
-        known = [] if name == "b" else [f"{k}_ci" for k in macros]
-        for key in ("n", *macros, *known):
-            assert m[key] == pytest.approx(alone[key])
-        for c, scores in alone["per_class"].items():
-            assert m["per_class"][c] == pytest.approx(scores)
-    assert [(p["a"], p["b"]) for p in out["pairs"]] == [("a", "b"), ("a", "c"), ("b", "c")]
-    for p in out["pairs"]:
-        a, b = by_name[p["a"]], by_name[p["b"]]
-        for k in macros:
-            assert p[f"{k}_diff"] == pytest.approx(b[k] - a[k])
-            assert p[f"{k}_gain_percent"] == pytest.approx(100 * (b[k] - a[k]) / a[k])
-            assert p[f"{k}_diff_ci"][0] <= p[f"{k}_diff"] <= p[f"{k}_diff_ci"][1]
-        for c, d in p["classes"].items():
-            difference = b["per_class"][c]["auroc"] - a["per_class"][c]["auroc"]
-            assert d["auroc_diff"] == pytest.approx(difference)
-    gain = f"{out['pairs'][1]['macro_auroc_gain_percent']:+.1f} %"
-    assert all(word in text for word in ("60 records", "c - a", gain))
-
-
-def test_unknown_patients_are_each_their_own(models):
+def test_unknown_patients_are_each_their_own(models, evaluated):
     """NaN, as pandas reads PTB-XL's patient_id, empty names, and other marks of a missing one."""
-    change(models, "a", "nan", patient_id=np.full(60, np.nan))
-    change(models, "a", "none", patient_id=None)
-    nan, none = compared(models, "nan.npz"), compared(models, "none.npz")
-    assert nan == none and np.ptp(nan["macro_auroc_ci"]) > 0.05
-    for mark in ("", "None", -1):
-        change(models, "a", "marked", patient_id=np.array([mark] * 60))
-        found = evaluate.load_predictions(models / "marked.npz")["patient_id"]
-        assert len(np.unique(found)) == 60
-    change(models, "a", "half", patient_id=np.where(np.arange(60) < 30, np.nan, np.arange(60) // 2))
-    assert len(np.unique(evaluate.load_predictions(models / "half.npz")["patient_id"])) == 45
+    save("alone.npz", "a.npz", patient_id=None)
+    save("numbered.npz", "a.npz", patient_id=np.arange(60))
+    want = evaluated("alone.npz")
+    assert want == evaluated("numbered.npz") != evaluated("a.npz")
+    for mark in (np.nan, "", "None", -1):
+        save("marked.npz", "a.npz", patient_id=np.array([mark] * 60))
+        assert evaluated("marked.npz") == want
 
 
-@pytest.mark.parametrize("arrays, words", [
-    ({"ecg_id": None}, ["ecg_id"]), ({"ecg_id": np.arange(60) // 2}, ["ecg_id", "twice"]),
-    ({"ecg_id": np.arange(60) + 1001}, ["ecg_id", "lacks 1", "1 others", "1000"]),
-    ({"y_true": np.ones((60, 3), int)}, ["same labels", "ecg_id 10"])])
-def test_what_does_not_match_is_named(models, fails, arrays, words):
-    change(models, "a", "o", **arrays)
-    line = fails(evaluate.main, [models / "a.npz", models / "o.npz"], "wanted", *words)
-    assert line.startswith("evaluate.py: o")
+def test_a_class_that_one_model_lacks_is_left_out(models, evaluated, capsys):
+    save("o.npz", "a.npz", classes=np.array(["x", "w", "z"]))
+    a, b = evaluated("a.npz", "o.npz")["models"]
+    assert [*a["per_class"]] == [*b["per_class"]] == ["x", "z"]
+    assert capsys.readouterr().out.count("classes left out") == 2
 
 
-def test_classes_are_matched_by_name(models, capsys):
-    """A class that one of the files lacks is named and left out; none in common is an error."""
-    change(models, "a", "o", classes=np.array(["x", "w", "z"]))
-    out, alone = compared(models, "a.npz", "o.npz"), compared(models, "a.npz")
-    assert "classes left out: y of a; w of o" in capsys.readouterr().out
-    assert list(out["models"][1]["per_class"]) == ["x", "z"]
-    assert out["models"][1]["per_class"]["z"] == alone["per_class"]["z"]
-    assert out["pairs"][0]["macro_auroc_diff"] == 0
-
-
-def test_a_checkpoint_against_its_own_predictions(checkpoint, tmp_path, capsys):
-    evaluate.main([str(checkpoint), "--out", str(tmp_path / "other.npz")])
-    capsys.readouterr()
-    result = compared(tmp_path, "run/best.pt", "other.npz")
-    assert capsys.readouterr().out.count("+0.0000  95 % interval +0.0000 to +0.0000  +0.0 %") == 2
-    assert [model["name"] for model in result["models"]] == ["run", "other"]
-    values = [v for key, v in result["pairs"][0].items() if key.startswith("macro")]
-    assert np.hstack(values).tolist() == [0.0] * 8  # exactly
+@pytest.mark.parametrize("size, height", [(0.2, 6), (0, 6), (30, 24)])
+def test_the_sheet_has_one_scale_and_square_millimetres(tmp_path, monkeypatch, size, height):
+    """25 mm/s and 10 mm/mV, with a line at each, for a normal, a flat and a large ECG of 12 s at
+    250 Hz, with a gap; 10 s are drawn."""
+    figures, signal = [], size * np.random.default_rng(0).uniform(-1, 1, (3, 3000))
+    signal[1, 100:200] = np.nan
+    path = write_record(tmp_path / "ecg", signal, ["I", "II", "V1"], fs=250)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    evaluate.plot_record(path, ["I", "II", "V1"], "caption", tmp_path / "ecg.png")
+    figure, axis, box = figures[0], figures[0].axes[0], figures[0].axes[0].get_position()
+    assert axis.get_xlim() == (0, 10) and axis.get_ylim() == pytest.approx((-height, 0))
+    assert 25.4 * figure.get_size_inches() * box.size == pytest.approx([250, 10 * height])
+    assert np.diff(axis.xaxis.minor.locator()) == pytest.approx(0.04)
+    assert np.diff(axis.yaxis.minor.locator()) == pytest.approx(-0.1)
+    for line, lead in zip(axis.lines, signal[:, :2500], strict=True):
+        (x, y), there = line.get_data(), np.isfinite(lead)
+        assert np.array_equal(x, np.arange(2500) / 250) and np.isfinite(y).all()
+        assert np.ptp((y - lead)[there]) < 0.002

@@ -5,9 +5,10 @@ done is left out, what was interrupted goes on.
     python tests/tools/experiment.py --data ptbxl --rows probe baseline post --fracs 0.1 1 --dry-run
 
 The run of a row is <out>/<row>-<frac>-<seed>, with the predictions of fold 10 for figures.py.
---dry-run prints the commands that are left. Options after -- go to every post_train.py.
+Options after -- go to every post_train.py.
 """
 import argparse
+import itertools
 import shlex
 import subprocess
 import sys
@@ -28,17 +29,18 @@ ROWS = {            # what each gives post_train.py, in the order in which they 
 EPOCHS = {0.1: 30, 0.3: 20, 1.0: 15}    # of fine-tuning, by the fraction
 
 
-def command(args, out, row, frac, seed):
-    """The command of one run, as words; of an option that stands twice the last counts."""
+def commands(args, row, frac, seed, out):
+    """Those that train and predict one run, as words; of an option that stands twice the last
+    counts."""
+    def script(name):
+        tool = [str(ROOT / "tests/tools/hz100.py"), name]
+        return [sys.executable, *(tool if args.hz100 else [str(ROOT / name)])]
+
     options = (f"--frac {frac:g} --seed {seed} --epochs {EPOCHS.get(frac, 30)} --batch-size 32 "
-               f"--resume {ROWS[row]}")
-    return [*script(args, "post_train.py"), "--task", args.task, "--data", args.data,
-            "--weights", args.weights, "--out", str(out), *options.split(), *args.options]
-
-
-def script(args, name):
-    tool = [str(ROOT / "tests" / "tools" / "hz100.py"), name]
-    return [sys.executable, *(tool if args.hz100 else [str(ROOT / name)])]
+               f"--resume {ROWS[row]}").split()
+    train = ["--task", args.task, "--data", args.data, "--weights", args.weights, "--out", str(out)]
+    return ([*script("post_train.py"), *train, *options, *args.options],
+            [*script("evaluate.py"), str(out / "best.pt")])
 
 
 def main(argv=None):
@@ -52,19 +54,16 @@ def main(argv=None):
     add("--seeds", nargs="+", type=int, default=[0])
     add("--out", default="runs")
     add("--hz100", action="store_true", help="the network at 100 Hz, by hz100.py")
-    add("--dry-run", action="store_true")
+    add("--dry-run", action="store_true", help="print the commands that are left")
     add("options", nargs="*", help="after --: for every post_train.py")
     args = parser.parse_args(argv)
-    runs = [(row, frac, seed) for seed in args.seeds for frac in args.fracs for row in args.rows]
-    for i, (row, frac, seed) in enumerate(runs, 1):
+    for seed, frac, row in itertools.product(args.seeds, args.fracs, args.rows):
         out = Path(args.out, f"{row}-{frac:g}-{seed}")
-        words = command(args, out, row, frac, seed)
         if (out / "predictions.npz").exists():
             continue
-        print(f"{i}/{len(runs)}  {shlex.join(words[1:])}", flush=True)
-        if not args.dry_run:
-            predict = [*script(args, "evaluate.py"), str(out / "best.pt")]
-            if subprocess.run(words).returncode or subprocess.run(predict).returncode:
+        for words in commands(args, row, frac, seed, out):
+            print(shlex.join(words), flush=True)
+            if not args.dry_run and subprocess.run(words).returncode:
                 sys.exit(f"experiment.py: {out} has failed; the same command goes on")
 
 

@@ -7,31 +7,28 @@ band-pass to 40 Hz allows: a fifth of the arithmetic.
 For experiments where time is short: the checkpoints are of use with this tool alone, and
 ECGFounder's weights, which are of 500 Hz, are not for it.
 """
-import argparse
 import runpy
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-STEP = 5
+sys.path.insert(0, str(ROOT))
+import data
+
+load_records = data.load_records
+
+
+def load_thinned(*args, **options):
+    labels, signals = load_records(*args, **options)
+    return labels, signals[..., ::5]
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("script", choices=("post_train.py", "evaluate.py"))
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="the script's own")
-    args = parser.parse_args(argv)
-    sys.path.insert(0, str(ROOT))
-    import data
-    load_records = data.load_records
-
-    def load_thinned(*args, **kwargs):
-        labels, signals = load_records(*args, **kwargs)
-        return labels, signals[..., ::STEP]
-
-    data.load_records = load_thinned
-    sys.argv = [args.script, *args.options]
-    runpy.run_path(str(ROOT / args.script), run_name="__main__")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] not in (["post_train.py"], ["evaluate.py"]):
+        sys.exit(__doc__)
+    data.load_records, sys.argv = load_thinned, argv
+    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Make the two sets of the README's experiment out of PTB-XL 1.0.3, as folders of links to its
-signals.
+"""Make the sets of RESULTS.md's experiment out of PTB-XL 1.0.3, as folders of links to its signals.
 
     python tests/tools/make_subset.py ptbxl folds1-7 ptbxl-pretrain   # 15,245 ECGs to pretrain on
     python tests/tools/make_subset.py ptbxl folds8-10 ptbxl-target    # 6,554 ECGs to post-train on
@@ -12,7 +11,6 @@ only the patients whose number ends in 0 validate.
 """
 import argparse
 import csv
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -24,29 +22,27 @@ SETS = {"folds1-7": range(1, 8), "folds8-10": range(8, 11), "folds8-10-tenth": r
 
 
 def make_subset(source, name, dest):
-    """Write the set `name` as a PTB-XL folder. Raises data.InputError for what is missing."""
-    source, dest = Path(source).resolve(), Path(dest)
-    labels, chosen = data.load_labels(source, "all71"), []
-    rows = data.read_table(source, "all71").rows
-    for i, fold, patient in zip(labels.row, labels.fold, labels.patient_id):
-        if fold not in SETS[name]:
-            continue
-        if name == "folds8-10-tenth" and fold == 9 and patient % 10:
+    """Write the set `name` as a PTB-XL folder."""
+    source, dest, chosen = Path(source).resolve(), Path(dest), []
+    path, table = data.read_table(source, "all71")
+    for cells in zip(*table.values()):
+        row = dict(zip(table, cells))
+        fold, patient = row.pop("fold"), int(row["patient_id"] or 0)
+        if fold not in SETS[name] or name == "folds8-10-tenth" and fold == 9 and patient % 10:
             continue
         if fold == 7:
             fold = 9 if patient % 2 else 10
-        chosen.append(rows[i] | {"strat_fold": fold})
+        chosen.append({**row, "strat_fold": fold})
     if not chosen:
-        raise data.InputError(f"{source / data.DATABASE}: has no record of {name}; wanted the "
-                              "whole of PTB-XL 1.0.3")
+        raise data.InputError(f"{path}: has no record of {name}; wanted the whole of PTB-XL 1.0.3")
     dest.mkdir(parents=True)
     with open(dest / data.DATABASE, "w", newline="") as f:
         writer = csv.DictWriter(f, list(chosen[0]))
         writer.writeheader()
         writer.writerows(chosen)
     shutil.copy(source / data.STATEMENTS, dest)
-    for folder in {Path(row["filename_hr"]).parts[0] for row in chosen}:
-        os.symlink(source / folder, dest / folder)
+    for folder in {Path(row["record"]).parts[0] for row in chosen}:
+        (dest / folder).symlink_to(source / folder)
 
 
 def main(argv=None):
@@ -55,11 +51,8 @@ def main(argv=None):
     parser.add_argument("name", choices=SETS)
     parser.add_argument("dest", help="folder to make")
     args = parser.parse_args(argv)
-    try:
+    with data.errors_in_one_line("make_subset.py"):
         make_subset(args.source, args.name, args.dest)
-    except (data.InputError, OSError) as error:
-        sys.stderr.write(f"make_subset.py: {data.line_of(error)}\n")
-        sys.exit(2)
 
 
 if __name__ == "__main__":

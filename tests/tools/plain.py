@@ -1,7 +1,6 @@
 """The obvious way, as the reference of the parity tests and of the benchmark: ECGFounder's network
 written down step by step after its description, stochastic depth as a 0/1 mask on branches that are
-computed for every sample, records read and filtered whenever they are needed, and a bootstrap that
-calls scikit-learn for every draw."""
+computed for every sample, and records read and filtered whenever they are needed."""
 import math
 
 import numpy as np
@@ -38,25 +37,28 @@ class PlainBlock(nn.Module):
         self.se_fc1 = nn.Linear(out_channels, out_channels // 2)
         self.se_fc2 = nn.Linear(out_channels // 2, out_channels)
         self.stride, self.first, self.drop_path = stride, first, drop_path
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.grow = out_channels - in_channels
 
-    def mask(self, x):
-        return (torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path) / (1 - self.drop_path)
+    def mask(self, n, device):
+        """n / kept for the samples that keep the branch, 0 for the others."""
+        kept = max(1, math.floor((1 - self.drop_path) * n + 0.5))
+        chosen = torch.randperm(n, device=device)[:kept] if kept < n else slice(None)
+        mask = torch.zeros(n, 1, 1, device=device)
+        mask[chosen] = n / kept
+        return mask
 
     def forward(self, x):
-        out = x if self.first else swish(x)
-        out = self.conv1(out)
+        out = self.conv1(x if self.first else swish(x))
         out = self.conv2(swish(out))
         out = self.conv3(swish(out))
         gate = torch.sigmoid(self.se_fc2(swish(self.se_fc1(out.mean(-1)))))
         out = torch.einsum("abc,ab->abc", out, gate)
         if self.training and self.drop_path:
-            out = out * self.mask(x).to(out.dtype)
+            out = out * self.mask(len(x), x.device).to(out.dtype)
         if self.stride > 1:
             x = F.max_pool1d(F.pad(x, (0, self.stride - 1)), self.stride)
-        if self.out_channels > self.in_channels:
-            grow = self.out_channels - self.in_channels
-            x = F.pad(x.transpose(-1, -2), (grow // 2, grow - grow // 2)).transpose(-1, -2)
+        if self.grow:
+            x = F.pad(x, (0, 0, self.grow // 2, self.grow - self.grow // 2))
         return out + x
 
 
@@ -74,18 +76,14 @@ class PlainNet1D(nn.Module):
                 stride = 2 if j == 0 else 1
                 blocks.append(PlainBlock(channels, out_channels, stride, i == j == 0, next(rates)))
                 channels = out_channels
-            self.stage_list.append(nn.ModuleDict({"block_list": nn.ModuleList(blocks)}))
+            self.stage_list.append(nn.ModuleDict({"block_list": nn.Sequential(*blocks)}))
         self.dense = nn.Linear(1024, n_classes)
 
-    def forward_features(self, x):
+    def forward(self, x):
         x = swish(self.first_conv(x))
         for level in self.stage_list:
-            for block in level["block_list"]:
-                x = block(x)
-        return x.mean(-1)
-
-    def forward(self, x):
-        return self.dense(self.forward_features(x))
+            x = level["block_list"](x)
+        return self.dense(x.mean(-1))
 
 
 def read_and_filter(path):
@@ -97,11 +95,3 @@ def read_and_filter(path):
     x = scipy.signal.filtfilt(*scipy.signal.butter(4, [0.67, 40], "bandpass", fs=500), x)
     x = x - np.stack([scipy.signal.medfilt(lead, 201) for lead in x])
     return ((x - x.mean()) / (x.std() + 1e-8)).astype(np.float32)
-
-
-def bootstrap(y_true, y_prob, weights):
-    """Macro AUROC and AUPRC for each row of `weights` (draws, N): a loop over draws and classes."""
-    from sklearn.metrics import average_precision_score, roc_auc_score
-    scores, pairs = (roc_auc_score, average_precision_score), list(zip(y_true.T, y_prob.T))
-    return np.array([[np.mean([score(*pair, sample_weight=w) for pair in pairs])
-                      for score in scores] for w in weights])

@@ -40,7 +40,8 @@ from data import InputError
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 PREVIEW_STEPS = 200
 SHARES = (0.0, 0.25, 0.5, 0.75)     # interpolation weights: 0 is the probe, 1 the last epoch
-FREE_ARGUMENTS = ("resume", "out", "data", "device", "compile")     # may change on --resume
+FREE_ARGUMENTS = ("resume", "out", "data", "device", "graph")   # may change on --resume
+SAVE_EVERY = 60     # seconds between checkpoints, unless an epoch takes longer
 
 # ------------------------------------------------------------------------------------------- recipe
 
@@ -213,10 +214,15 @@ def train(args, device, labels, signals):
         run.save("best.pt", run.best("probe"))
 
     # Stage 2, fine-tuning: everything, with stochastic depth.
+    best, saved = None, time.perf_counter()
     for states in epochs(run, finetune, model, train_split, val_split, amp):
-        run.save("last.pt", run.history[-1], **states)
         if run.is_best("finetune"):
-            run.save("best.pt", run.history[-1])
+            best = run.history[-1], copy.deepcopy(model.state_dict())
+        if time.perf_counter() - saved > SAVE_EVERY or run.done(finetune) == finetune.epochs:
+            if best:
+                run.save("best.pt", *best)
+            run.save("last.pt", run.history[-1], **states)
+            best, saved = None, time.perf_counter()
 
     if probe.epochs and finetune.epochs and args.interpolate:
         interpolate(run, val_split)
@@ -237,10 +243,13 @@ def epochs(run, stage, module, train_split, val_split, amp):
     if 0 < run.done(stage) < stage.epochs:
         optimizer.load_state_dict(run.states["optimizer"])
         scaler.load_state_dict(run.states["scaler"])
-    net = torch.compile(module) if args.compile and stage.name == "finetune" else module
+        for group in optimizer.param_groups:    # as without a graph
+            group.update(lr=stage.lr, capturable=False)
+    graphed = args.graph and device.type == "cuda" and not dist.is_initialized()
+    step, net = GraphedStep(optimizer, device) if graphed else train_step, module
     if dist.is_initialized():
         ids = [device.index] if device.type == "cuda" else None
-        net = torch.nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        net = torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
 
     for epoch in range(run.done(stage), stage.epochs):
         torch.manual_seed(epoch_seed(args.seed, stage.name, epoch, 1 + rank))
@@ -250,7 +259,7 @@ def epochs(run, stage, module, train_split, val_split, amp):
         rates = learning_rates(stage, epoch, len(batches), aurocs)
         bar = tqdm(batches, f"{stage.name} {epoch + 1}/{stage.epochs}", leave=False, unit="step",
                    disable=True if rank else None)  # None: hidden unless in a terminal
-        loss = train_epoch(net, optimizer, scaler, train_split, bar, rates, stage.clip, amp)
+        loss = train_epoch(net, optimizer, scaler, train_split, bar, rates, stage.clip, amp, step)
         scores = validate(module.eval(), val_split, amp)
         if not math.isfinite(loss + scores["val_loss"]):
             raise InputError(f"{stage.name} epoch {epoch + 1}: the loss is {loss:g}, in validation "
@@ -258,26 +267,6 @@ def epochs(run, stage, module, train_split, val_split, amp):
                              "--amp bf16 or off, may help, with another --out")
         run.log(stage=stage.name, epoch=epoch + 1, lr=rates[0], train_loss=loss, **scores)
         yield {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-
-
-def train_epoch(net, optimizer, scaler, split, batches, rates, clip=math.inf, amp=None, step=None):
-    """One pass over `batches` of indices, with a learning rate for each -> the mean loss, over all
-    processes. step: `train_step` or a GraphedStep; see `train_step` for the rest."""
-    net.train()
-    losses = []
-    for index, rate in zip(batches, rates):
-        for group in optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(rate)     # where a graph reads it
-            else:
-                group["lr"] = rate
-        batch = split.batch(index)
-        losses.append((step or train_step)(net, optimizer, scaler, *batch, clip, amp))
-    loss = torch.stack(losses).mean()
-    if dist.is_initialized():
-        dist.all_reduce(loss)
-        loss /= dist.get_world_size()
-    return loss.item()
 
 
 def train_step(net, optimizer, scaler, x, y, clip, amp):
@@ -320,12 +309,37 @@ class GraphedStep:
             return loss
         if self.graph is None:
             self.graph, self.x, self.y = torch.cuda.CUDAGraph(), x.clone(), y.clone()
-            with torch.cuda.graph(self.graph, stream=self.stream):
-                self.loss = train_step(net, optimizer, scaler, self.x, self.y, clip, amp)
+            try:
+                with torch.cuda.graph(self.graph, stream=self.stream):
+                    self.loss = train_step(net, optimizer, scaler, self.x, self.y, clip, amp)
+            except RuntimeError as error:
+                raise InputError("the step cannot be recorded as a CUDA graph "
+                                 f"({str(error).splitlines()[0]}); leave out --graph") from None
         self.x.copy_(x)
         self.y.copy_(y)
         self.graph.replay()
         return self.loss.clone()
+
+
+def train_epoch(net, optimizer, scaler, split, batches, rates, clip=math.inf, amp=None,
+                step=train_step):
+    """One pass over `batches` of indices, with a learning rate for each -> the mean loss, over all
+    processes. step: `train_step` or a GraphedStep; see `train_step` for the rest."""
+    net.train()
+    losses = []
+    for index, rate in zip(batches, rates):
+        for group in optimizer.param_groups:
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)     # where a graph reads it
+            else:
+                group["lr"] = rate
+        batch = split.batch(index)
+        losses.append(step(net, optimizer, scaler, *batch, clip, amp))
+    loss = torch.stack(losses).mean()
+    if dist.is_initialized():
+        dist.all_reduce(loss)
+        loss /= dist.get_world_size()
+    return loss.item()
 
 
 def infer_all(forward, split, amp):
@@ -399,8 +413,6 @@ class Run:
         check_same_run(self.args, self.states, self.described, path)
         network.load_state(self.model, self.states["state_dict"], path)
         self.history = self.states["history"]
-        if self.is_best("finetune"):    # it was killed between last.pt and best.pt
-            self.save("best.pt", self.history[-1])
         return f"resumed after {self.history[-1]['stage']} epoch {self.history[-1]['epoch']}"
 
     def load_pretrained(self):
@@ -439,18 +451,19 @@ class Run:
         say("  ".join(f"{key.removeprefix('macro_')} {value:.4g}" if key != "stage" else value
                       for key, value in self.history[-1].items()))
 
-    def save(self, name, line, **states):
-        """Write a self-contained checkpoint of tensors and plain data, with the weights that the
-        model holds, those of `line` of the history."""
+    def save(self, name, line, state_dict=None, **states):
+        """Write a self-contained checkpoint of tensors and plain data, with the weights of `line`
+        of the history, those that the model holds unless they are given."""
         import scipy
         import wfdb
         if place()[0]:
             return
         versions = {m.__name__: str(m.__version__) for m in (torch, np, scipy, wfdb)}
         save_checkpoint(Path(self.args.out, name), {
-            "state_dict": self.model.state_dict(), **self.described, "data": self.args.data,
-            "args": dict(vars(self.args)), "stage": line["stage"], "epoch": line["epoch"],
-            "share": line.get("share"), "versions": versions, "history": self.history, **states})
+            "state_dict": state_dict or self.model.state_dict(), **self.described,
+            "data": self.args.data, "args": dict(vars(self.args)), "stage": line["stage"],
+            "epoch": line["epoch"], "share": line.get("share"), "versions": versions,
+            "history": self.history, **states})
 
 
 def save_checkpoint(path, checkpoint):
@@ -464,9 +477,9 @@ def save_checkpoint(path, checkpoint):
 
 def check_same_run(args, last, described, path):
     """Raise InputError unless the checkpoint `last` has these arguments, classes and records."""
-    before, now = ({**arguments, **fields} for arguments, fields in
-                   ((last.get("args", {}), last), (vars(args), described)))
-    changed = [f"{key} was {before.get(key)}, now {value}" for key, value in now.items()
+    changed = [f"{key} was {before.get(key)}, now {value}"
+               for before, now in ((last.get("args", {}), vars(args)), (last, described))
+               for key, value in now.items()
                if key not in FREE_ARGUMENTS and before.get(key) != value]
     if changed:
         raise InputError(f"{path}: this run cannot be resumed ({'; '.join(changed)[:400]}); give "
@@ -495,7 +508,7 @@ def parse(argv):
     add("--amp", choices=AMP, help="mixed precision (default: fp16 on CUDA, off on the CPU; ours)")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--resume", action="store_true", help="continue the run in --out")
-    add("--compile", action="store_true", help="torch.compile the network for fine-tuning")
+    add("--graph", action="store_true", help="on one GPU: take the steps as a CUDA graph")
     add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
     for name, (post, baseline, text) in RECIPE.items():
         kind = {"type": type(baseline), "choices": CHOICES.get(name)}

@@ -4,14 +4,13 @@ done is left out, what was interrupted goes on.
     python tests/tools/experiment.py --data target --weights pretrained.pt --seeds 0 1 2
     python tests/tools/experiment.py --data ptbxl --rows probe baseline post --fracs 0.1 1 --dry-run
 
-The run of a row is <out>/<row>-<frac>-<seed>, with the predictions of fold 10 for figures.py.
+A run's folder is <out>/<row>-<frac>-<seed>; it gets the predictions of fold 10 for figures.py.
 Options after -- go to every post_train.py.
 """
 import argparse
-import itertools
-import shlex
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -29,18 +28,14 @@ ROWS = {            # what each gives post_train.py, in the order in which they 
 EPOCHS = {0.1: 30, 0.3: 20, 1.0: 15}    # of fine-tuning, by the fraction
 
 
-def commands(args, row, frac, seed, out):
-    """Those that train and predict one run, as words; of an option that stands twice the last
-    counts."""
-    def script(name):
-        tool = [str(ROOT / "tests/tools/hz100.py"), name]
-        return [sys.executable, *(tool if args.hz100 else [str(ROOT / name)])]
-
+def commands(args, out, row, frac, seed):
+    """What trains and what predicts a run; of an option that stands twice the last counts."""
     options = (f"--frac {frac:g} --seed {seed} --epochs {EPOCHS.get(frac, 30)} --batch-size 32 "
                f"--resume {ROWS[row]}").split()
-    train = ["--task", args.task, "--data", args.data, "--weights", args.weights, "--out", str(out)]
-    return ([*script("post_train.py"), *train, *options, *args.options],
-            [*script("evaluate.py"), str(out / "best.pt")])
+    train = ["post_train.py", "--task", args.task, "--data", args.data, "--weights", args.weights,
+             "--out", str(out), *options, *args.options]
+    tool = ["tests/tools/hz100.py"] * args.hz100
+    return [*tool, *train], [*tool, "evaluate.py", f"{out}/best.pt"]
 
 
 def main(argv=None):
@@ -57,13 +52,14 @@ def main(argv=None):
     add("--dry-run", action="store_true", help="print the commands that are left")
     add("options", nargs="*", help="after --: for every post_train.py")
     args = parser.parse_args(argv)
-    for seed, frac, row in itertools.product(args.seeds, args.fracs, args.rows):
+    for seed, frac, row in product(args.seeds, args.fracs, args.rows):
         out = Path(args.out, f"{row}-{frac:g}-{seed}")
         if (out / "predictions.npz").exists():
             continue
-        for words in commands(args, row, frac, seed, out):
-            print(shlex.join(words), flush=True)
-            if not args.dry_run and subprocess.run(words).returncode:
+        for script, *words in commands(args, out, row, frac, seed):
+            print("python", script, *words, flush=True)
+            command = [sys.executable, str(ROOT / script), *words]
+            if not args.dry_run and subprocess.run(command).returncode:
                 sys.exit(f"experiment.py: {out} has failed; the same command goes on")
 
 

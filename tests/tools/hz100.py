@@ -1,11 +1,9 @@
 """Run a script of this project on the network at 100 Hz: every fifth sample of the cache, which its
-band-pass to 40 Hz allows: a fifth of the arithmetic.
+band-pass to 40 Hz allows: a fifth of the arithmetic. The checkpoints are of use with this tool
+alone, and ECGFounder's weights, which are of 500 Hz, are not for it.
 
     python tests/tools/hz100.py post_train.py --data target --task all71 --weights none
     python tests/tools/hz100.py evaluate.py runs/all71-frac1-post-seed0/best.pt
-
-For experiments where time is short: the checkpoints are of use with this tool alone, and
-ECGFounder's weights, which are of 500 Hz, are not for it.
 """
 import runpy
 import sys
@@ -23,13 +21,10 @@ def load_thinned(*args, **options):
     return labels, signals[..., ::5]
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] not in (["post_train.py"], ["evaluate.py"]):
-        sys.exit(__doc__)
+def main(argv):
     data.load_records, sys.argv = load_thinned, argv
     runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,5 +1,5 @@
 """The obvious way, as the reference of the parity tests and of the benchmark: ECGFounder's network
-written down step by step after its description, stochastic depth as a 0/1 mask on branches that are
+written down step by step after its description, stochastic depth as a mask on branches that are
 computed for every sample, and records read and filtered whenever they are needed."""
 import math
 
@@ -29,22 +29,23 @@ class PaddedConv(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    def __init__(self, in_channels, out_channels, stride, first, drop_path):
+    def __init__(self, in_channels, channels, stride, first, drop_path):
         super().__init__()
-        self.conv1 = PaddedConv(in_channels, out_channels, 1)
-        self.conv2 = PaddedConv(out_channels, out_channels, 16, stride, out_channels // 16)
-        self.conv3 = PaddedConv(out_channels, out_channels, 1)
-        self.se_fc1 = nn.Linear(out_channels, out_channels // 2)
-        self.se_fc2 = nn.Linear(out_channels // 2, out_channels)
+        self.conv1 = PaddedConv(in_channels, channels, 1)
+        self.conv2 = PaddedConv(channels, channels, 16, stride, channels // 16)
+        self.conv3 = PaddedConv(channels, channels, 1)
+        self.se_fc1 = nn.Linear(channels, channels // 2)
+        self.se_fc2 = nn.Linear(channels // 2, channels)
         self.stride, self.first, self.drop_path = stride, first, drop_path
-        self.grow = out_channels - in_channels
+        self.grow = channels - in_channels
 
-    def mask(self, n, device):
-        """n / kept for the samples that keep the branch, 0 for the others."""
+    def mask(self, x):
+        """n / kept for the samples that keep their branch, drawn at random, 0 for the others."""
+        n = len(x)
         kept = max(1, math.floor((1 - self.drop_path) * n + 0.5))
-        chosen = torch.randperm(n, device=device)[:kept] if kept < n else slice(None)
-        mask = torch.zeros(n, 1, 1, device=device)
-        mask[chosen] = n / kept
+        index = torch.randperm(n, device=x.device)[:kept] if kept < n else slice(n)
+        mask = x.new_zeros(n, 1, 1)
+        mask[index] = n / kept
         return mask
 
     def forward(self, x):
@@ -54,7 +55,7 @@ class PlainBlock(nn.Module):
         gate = torch.sigmoid(self.se_fc2(swish(self.se_fc1(out.mean(-1)))))
         out = torch.einsum("abc,ab->abc", out, gate)
         if self.training and self.drop_path:
-            out = out * self.mask(len(x), x.device).to(out.dtype)
+            out = out * self.mask(out)
         if self.stride > 1:
             x = F.max_pool1d(F.pad(x, (0, self.stride - 1)), self.stride)
         if self.grow:
@@ -69,14 +70,12 @@ class PlainNet1D(nn.Module):
     def __init__(self, n_classes, in_channels=12, drop_path_rates=(0.0,) * 20):
         super().__init__()
         self.first_conv = PaddedConv(in_channels, 64, 16, 2)
-        self.stage_list, channels, rates = nn.ModuleList(), 64, iter(drop_path_rates)
-        for i, (out_channels, n) in enumerate(LEVELS):
-            blocks = []
-            for j in range(n):
-                stride = 2 if j == 0 else 1
-                blocks.append(PlainBlock(channels, out_channels, stride, i == j == 0, next(rates)))
-                channels = out_channels
+        self.stage_list, before, rates = nn.ModuleList(), 64, iter(drop_path_rates)
+        for level, (channels, n) in enumerate(LEVELS):
+            blocks = [PlainBlock(before, channels, 2, level == 0, next(rates))]
+            blocks += [PlainBlock(channels, channels, 1, False, next(rates)) for _ in range(n - 1)]
             self.stage_list.append(nn.ModuleDict({"block_list": nn.Sequential(*blocks)}))
+            before = channels
         self.dense = nn.Linear(1024, n_classes)
 
     def forward(self, x):

@@ -113,15 +113,12 @@ def read_table(root, task):
     ids = [plain_id(cell) for cell in table.get("ecg_id", records)]
     patients = [plain_id(cell) for cell in table.get("patient_id", [""] * len(records))]
     patients = ["" if is_unknown(who) else who for who in patients]
-    for i, name in enumerate(records):
-        if name.startswith(("/", "..")) or name == ".":
-            raise InputError(f"{path}: row {i + 2}: {needed[0]} is {name!r}; wanted a path inside "
-                             f"{root}, relative to it")
     for column, names in ((needed[0], records), ("ecg_id", ids)):
-        (name, count), = Counter(names).most_common(1)
-        if count > 1 or "" in names:
-            raise InputError(f"{path}: {column} {name!r} stands {count} times; wanted one row with "
-                             "a name per record")
+        (twice, count), = Counter(names).most_common(1)
+        bad = [twice] * (count > 1) + [name for name in names if re.match(r"/|\.\.|\.?$", name)]
+        if bad:
+            raise InputError(f"{path}: {column} {bad[0]!r}; wanted one row a record, and its path "
+                             f"inside {root}")
     fold = "fold" if is_own(task) else "strat_fold"
     if fold in table:
         wanted = "1 to 10 (1-8 train, 9 validates, 10 tests)"
@@ -138,22 +135,19 @@ def is_own(task):
 
 def read_csv(path, needed):
     """A csv file with a header -> {column: its cells, without spaces around them}."""
-    names, rows = [], []
+    names, rows, problem = [], [], ""
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             names, *rows = [[cell.strip() for cell in row] for row in csv.reader(f) if row] or [[]]
         ragged = [i for i, row in enumerate(rows, 2) if len(row) != len(names)]
-        problem = f"row {ragged[0]} does not have {len(names)} cells" if ragged else ""
-        if not rows or len({*names}) < len(names) or not {*needed} <= {*names}:
-            problem = (f"has {len(rows)} rows and the columns {', '.join(names)[:200]}; wanted "
+        if not rows or len({*names}) < len(names) or not {*needed} <= {*names} or ragged:
+            problem = (f"has {len(rows)} rows, and the columns {', '.join(names)[:200]}; wanted "
                        f"{', '.join(map(repr, needed))}, and none twice")
-    except FileNotFoundError:
-        problem = "no such file"
-    except (UnicodeDecodeError, csv.Error) as error:
-        problem = f"not a csv file in UTF-8 ({error}); save it as one"
+            problem = f"row {ragged[0]} does not have {len(names)} cells" if ragged else problem
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        problem = f"not a csv file in UTF-8 ({getattr(error, 'strerror', None) or error})"
     if problem and path.name in (DATABASE, STATEMENTS):
-        problem += (f" (is --data PTB-XL's folder? `python data.py --download --data {path.parent}`"
-                    " fetches it)")
+        problem += f"; `python data.py --download --data {path.parent}` fetches PTB-XL"
     if problem:
         raise InputError(f"{path}: {problem}")
     return dict(zip(names, zip(*rows)))
@@ -362,9 +356,8 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
                 g.write(json.dumps({**made_of, "unreadable": unreadable}, indent=1).encode())
     unreadable = json.loads(about.read_text())["unreadable"]
     if unreadable and not skip_unreadable:
-        raise InputError(f"{next(iter(unreadable.values()))}; {len(unreadable)} of {len(records)} "
-                         f"records cannot be read, {about} lists them: mend them and delete {path},"
-                         " or leave them out with --skip-unreadable")
+        raise InputError(f"{next(iter(unreadable.values()))}; {about} lists all {len(unreadable)}: "
+                         f"mend them and delete {path}, or leave them out with --skip-unreadable")
     return path, unreadable
 
 
@@ -389,8 +382,8 @@ def write_signals(f, root, made_of, workers):
                     bar.update()
             bar.close()
     except BrokenProcessPool:
-        raise InputError("a worker was killed, perhaps because memory ran out; run `python data.py`"
-                         " with fewer --workers") from None
+        raise InputError("a worker was killed, perhaps as memory ran out; run `python data.py` "
+                         "with fewer --workers") from None
     return unreadable
 
 
@@ -458,11 +451,11 @@ def download(root):
     import torch
     archive, wanted = Path(root, "ptb-xl.zip"), r"records500/\d+/\w+\.(dat|hea)|\w+\.csv"
     archive.parent.mkdir(parents=True, exist_ok=True)
-    if not archive.exists():
-        if Path(root, DATABASE).exists():
-            return
-        torch.hub.download_url_to_file(URL, str(archive))
+    if not archive.exists() and Path(root, DATABASE).exists():
+        return
     try:
+        if not archive.exists():
+            torch.hub.download_url_to_file(URL, str(archive))
         with zipfile.ZipFile(archive) as z:
             for member in z.infolist():
                 member.filename = member.filename.partition("/")[2]     # without the zip's folder

@@ -2,11 +2,9 @@
 comparison of models; prediction of single ECGs.
 
     python evaluate.py runs/x/best.pt                     # fold 10; writes runs/x/predictions.npz
-    python evaluate.py runs/x/best.pt --fold 9 10 --out runs/x/folds9+10.npz --json scores.json
     python evaluate.py runs/x/best.pt --data georgia --task georgia.csv --fold all
     python evaluate.py A.npz B.npz runs/x/best.pt         # side by side, with paired differences
     python evaluate.py runs/x/best.pt --record path/to/record --plot ecg.png
-    python evaluate.py runs/x/best.pt --record folder --out probabilities.csv
 
 A checkpoint of post_train.py holds all that is needed: network, task, classes, leads,
 preprocessing, data path. An .npz holds the predictions of any model: y_true and y_prob (N, L),
@@ -15,6 +13,7 @@ PyTorch's defaults: TF32 convolutions where it has them). Needs data.py and mode
 """
 import argparse
 import csv
+import glob
 import io
 import json
 import os
@@ -120,10 +119,8 @@ def score(p):
 
 def half_width(slopes, factor):
     """Half a 95 % interval: slopes (..., patients) -> (...), by Student's t with as many degrees of
-    freedom as patients effectively make up the variance.
-
-    The interval is of the score expected on other patients, as many of them with each class; with
-    few positives that lies above the score of an unlimited test set for AUPRC."""
+    freedom as patients effectively make up the variance. It is of the score expected on other
+    patients, as many with each class: for AUPRC that is above the score of unlimited patients."""
     from scipy.special import stdtrit
     squares, fourth = (slopes**2).sum(-1), (slopes**4).sum(-1)
     freedom = np.maximum(squares**2 / np.maximum(fourth, 1e-300), 1)
@@ -209,17 +206,16 @@ def class_lines(result):
 
 def difference_lines(pair):
     """What `difference` says as lines to print."""
-    if pair["macro_auroc_diff"] is None:
-        return [f"{pair['b']} - {pair['a']}: no class is defined"]
-    line = "  {} {:+.4f} ({:+.4f} to {:+.4f}), {:+.1f} %".format
+    lines = [f"{pair['b']} - {pair['a']}"]
+    for name, diff, ends, gain in (("AUROC", pair["macro_auroc_diff"], pair["macro_auroc_diff_ci"],
+                                    pair["macro_auroc_gain_percent"]),
+                                   ("AUPRC", pair["macro_auprc_diff"], pair["macro_auprc_diff_ci"],
+                                    pair["macro_auprc_gain_percent"])):
+        if diff is not None:
+            lines.append(f"  {name} {diff:+.4f} ({ends[0]:+.4f} to {ends[1]:+.4f}), {gain:+.1f} %")
     most = [f"{name} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}"
             for name, d in pair["classes"].items()]
-    return [f"{pair['b']} - {pair['a']}",
-            line("AUROC", pair["macro_auroc_diff"], *pair["macro_auroc_diff_ci"],
-                 pair["macro_auroc_gain_percent"]),
-            line("AUPRC", pair["macro_auprc_diff"], *pair["macro_auprc_diff_ci"],
-                 pair["macro_auprc_gain_percent"]),
-            f"  largest (AUROC, AUPRC): {', '.join(most)}"]
+    return [*lines, f"  largest (AUROC, AUPRC): {', '.join(most)}"]
 
 
 def write_json(path, value):
@@ -376,17 +372,13 @@ def compare(names, models):
 
 def find_records(paths):
     """WFDB records by their paths, with or without an extension, and all those in folders."""
-    records = []
+    files = []
     for path in paths:
-        found = [Path(data.strip_extension(path))]
-        if os.path.isdir(path):
-            found = sorted(Path(folder, name).with_suffix("") for folder, _, names
-                           in os.walk(path, followlinks=True) for name in names
-                           if name.endswith(".hea"))
-        records += found
-    if not records:
+        inside = os.path.join(glob.escape(path), "**", "*.hea")
+        files += sorted(glob.glob(inside, recursive=True)) if os.path.isdir(path) else [path]
+    if not files:
         raise InputError(f"{', '.join(paths)}: holds no .hea header of a WFDB record")
-    return list(dict.fromkeys(records))     # a record's .hea and .dat are one
+    return list(dict.fromkeys(map(data.strip_extension, files)))    # a .hea and its .dat are one
 
 
 def thresholds_of(checkpoint):
@@ -453,12 +445,10 @@ def plot_record(record, leads, caption, path):
 
 def check(args):
     """Raise InputError for what would be found out after the work."""
-    asked = {"out": (".csv",) if args.record else (".npz",), "json": (".json",),
-             "plot": (".png", ".pdf", ".svg")}
-    for option, endings in asked.items():
-        path = Path(getattr(args, option) or f"x{endings[0]}")
-        if path.suffix not in endings or not path.parent.is_dir():
-            raise InputError(f"--{option} {path}: cannot be written; wanted a name that ends in "
+    pictures, out = (".png", ".pdf", ".svg"), (".csv",) if args.record else (".npz",)
+    for path, endings in ((args.out, out), (args.json, (".json",)), (args.plot, pictures)):
+        if path and (Path(path).suffix not in endings or not Path(path).parent.is_dir()):
+            raise InputError(f"{path}: cannot be written; wanted a name that ends in "
                              f"{' or '.join(endings)} in an existing folder")
     if len(args.models) > 1 and (args.out or args.record):
         raise InputError("--out and --record go with one file; give one")
@@ -517,25 +507,23 @@ def run(args, device):
 def run_records(args, device):
     """Predict single ECGs of any source, sampling rate and length, by windows of 10 s."""
     path, records, found, unreadable = args.models[0], find_records(args.record), [], []
-    if args.plot and len(records) > 1:
-        raise InputError(f"--plot draws one record, {len(records)} were given; give one")
     checkpoint, model = load_model(path, device)
     for record in tqdm(records, "predict", unit="record", disable=None if records[1:] else True):
         signals, why = data.try_record("", checkpoint["preprocessing"], checkpoint["leads"],
                                        record, windows=None)
         if why:
             unreadable.append(why)
-            continue
-        prob = probabilities(infer(model, signals, np.arange(len(signals)), device))
-        found.append((record, len(signals), prob.mean(0)))
-    if not found:
-        raise InputError(unreadable[0])
-    if len(records) == 1:
-        lines = record_lines(checkpoint, found[0][2])
-        print(*lines, f"mean of {found[0][1]} windows of 10 s", sep="\n")
+        else:
+            prob = probabilities(infer(model, signals, np.arange(len(signals)), device))
+            found.append((record, len(signals), prob.mean(0)))
+    if not found or args.plot and records[1:]:
+        raise InputError([*unreadable, "--plot draws one record; give one"][0])
+    lines = record_lines(checkpoint, found[0][2])
     if args.plot:
         caption = ",  ".join(" ".join(line.split()[:2]) for line in lines[1:6])
         plot_record(records[0], checkpoint["leads"], caption, args.plot)
+    if len(records) == 1:
+        print(*lines, f"mean of {found[0][1]} windows of 10 s", sep="\n")
     if len(records) > 1 or args.out:
         out = args.out or Path(path).with_name("records.csv")
         write_table(out, checkpoint, found)

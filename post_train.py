@@ -21,6 +21,7 @@ import os
 import sys
 import time
 import zlib
+from collections import namedtuple
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,19 +74,11 @@ CHOICES = {"schedule": ("cosine", "plateau"), "optimizer": ("adamw", "adam"),
            "drop_path_mode": network.MODES}
 
 
-class Stage(NamedTuple):
-    name: str
-    epochs: int
-    lr: float
-    final_lr: float
-    schedule: str
-    optimizer: str
-    weight_decay: float
-    clip: float
+Stage = namedtuple("Stage", "name epochs lr final_lr schedule optimizer weight_decay clip")
 
 
 def stages_of(args, steps):
-    """The two stages of a run with `steps` steps per epoch."""
+    """The two Stages of a run with `steps` steps per epoch."""
     probe_epochs = args.probe_epochs
     if probe_epochs is None:
         # Few, as it is a preview: a head that fits the pretrained features closely leaves
@@ -427,8 +420,7 @@ class Run:
         self.model.dense.reset_parameters()
         return self.args.weights + f" without {left_out} of its leads" * bool(left_out)
 
-    def done(self, stage):
-        """How many epochs of the stage are done."""
+    def done(self, stage):  # how many epochs of it
         return sum(line["stage"] == stage.name for line in self.history)
 
     def best(self, *stages):
@@ -436,8 +428,7 @@ class Run:
         lines = [line for line in self.history if line["stage"] in stages]
         return max(lines, key=lambda line: line["macro_auroc"], default=None)
 
-    def is_best(self, *stages):
-        """Whether the last line is the best of these stages."""
+    def is_best(self, *stages):     # whether the last line is
         return self.best(*stages) is self.history[-1]
 
     def log(self, **line):
@@ -494,8 +485,7 @@ def parse(argv):
     add("--task", required=True,
         help=f"one of {', '.join(data.TASKS)}, or a .csv table of your own (see README)")
     add("--frac", type=float, default=1.0, help="fraction of the training records (default: 1)")
-    add("--data", default="ptbxl", help="the dataset's folder, with or without a cache "
-                                        "(default: ptbxl)")
+    add("--data", default="ptbxl", help="the dataset's folder (default: ptbxl)")
     add("--leads", default=",".join(data.LEADS), help="such as II,V1,V5 (default: all twelve)")
     add("--preprocess", choices=data.PREPROCESSING, default="filter",
         help="default: filter, as ECGFounder's authors require")
@@ -527,18 +517,15 @@ def parse(argv):
 
 def check(args):
     """Raise InputError for unusable arguments, before anything is read or written."""
-    wanted = {"frac": 0 < args.frac <= 1, "epochs": args.epochs >= 0, "seed": args.seed >= 0,
-              "probe_epochs": args.epochs or args.probe_epochs != 0, "lr": args.lr > 0,
-              "batch_size": args.batch_size >= place()[1], "drop_path": 0 <= args.drop_path < 1,
-              "dropout": 0 <= args.dropout < 1}
-    bad = [name for name, fine in wanted.items() if not fine]
+    good = {"frac": 0 < args.frac <= 1, "epochs": args.epochs >= 0, "seed": args.seed >= 0,
+            "probe_epochs": args.epochs or args.probe_epochs != 0, "lr": args.lr > 0,
+            "batch_size": args.batch_size >= place()[1], "drop_path": 0 <= args.drop_path < 1,
+            "dropout": 0 <= args.dropout < 1}
+    bad = [name for name, fine in good.items() if not fine]
     if bad:
-        raise InputError(f"--{bad[0].replace('_', '-')} is {getattr(args, bad[0])}; wanted 0 < frac"
-                         " <= 1, 0 <= dropout, drop path < 1, a rate and epochs above 0, an ECG "
-                         "per process and step")
+        raise InputError(f"--{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, see --help")
     if Path(args.out, "metrics.jsonl").exists() and not args.resume:
-        raise InputError(f"{args.out}: holds a run already; --resume continues it, another --out "
-                         "starts a new one")
+        raise InputError(f"{args.out}: holds a run; give --resume to continue it, or another --out")
     if args.weights != "none" and not Path(args.weights).exists():
         raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the "
                          "official weights, --weights none starts from scratch")
@@ -568,9 +555,8 @@ def post_train(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train(args, device, labels, signals)
     if world > 1:
-        # While a rank waits here, Gloo's threads release the last tensors. In torch 2.6 they cannot
-        # do so during destroy_process_group, which waits for them and holds the GIL
-        # (pytorch/pytorch#154976).
+        # While a rank waits here, Gloo's threads release the last tensors; in torch 2.6 they cannot
+        # while destroy_process_group waits for them (pytorch/pytorch#154976).
         dist.barrier()
         dist.destroy_process_group()
     if rank == 0:

@@ -14,26 +14,25 @@ from contextlib import suppress
 
 import tiny
 
-LIBRARIES = ("torch.utils.data", "torch.distributed.nn", "wfdb", "scipy.ndimage", "scipy.signal")
+LIBRARIES = ["torch.distributed.nn", "wfdb", "scipy.ndimage", "scipy.signal"]
 PATIENCE = 300      # seconds without a word
 
 
 @functools.cache
 def server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(LIBRARIES))
+    context.set_forkserver_preload(LIBRARIES)
     return context
 
 
-def start(*words, largest_file=None, kill_at=None):
+def start(*words, largest_file=None, kill_at=None, **environment):
     """Start the script words[0] with the other words as its arguments; for `end`.
 
     largest_file: in bytes, as on a full disk. kill_at: of which call of os.fsync it does not come
-    back (SIGKILL).
-    """
+    back (SIGKILL)."""
     errors, theirs = server().Pipe(duplex=False)
-    words = list(map(str, words))
-    process = server().Process(target=script, args=(theirs, words, largest_file, kill_at))
+    given = theirs, list(map(str, words)), largest_file, kill_at, environment
+    process = server().Process(target=script, args=given)
     process.start()
     theirs.close()
     return process, errors
@@ -44,25 +43,20 @@ def end(started, status=0):
     status must be this."""
     (process, errors), text = started, b""
     try:
-        while errors.poll(PATIENCE):
-            part = os.read(errors.fileno(), 2**16)
-            if not part:
-                break
+        while (ended := errors.poll(PATIENCE)) and (part := os.read(errors.fileno(), 2**16)):
             text += part
-        else:
-            raise AssertionError(f"no end of {process}: {text.decode()}")
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     process.join()
     lines = text.decode().splitlines()
-    assert process.exitcode == status, (process.exitcode, lines)
+    assert ended and process.exitcode == status, (ended, process.exitcode, lines)
     return lines
 
 
-def script(errors, words, largest_file, kill_at):
+def script(errors, words, largest_file, kill_at, environment):
     """In the new process."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.setsid()
     os.chdir(tiny.ROOT)

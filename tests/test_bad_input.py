@@ -161,9 +161,9 @@ SPOILED = [     # (command, what the line names, what spoils)
 OPTIONS = [     # (command, what the line names)
     (f"{TRAIN} --data elsewhere", f"elsewhere/{DATABASE.name}, data.py --download"),
     (f"{BUILD} --data nowhere --task {TABLE}", "nowhere, no such folder, --data"),
-    (f"{TRAIN} --task rhythm13", "'rhythm13', rhythm12"), (f"{TRAIN} --frac 0", "--frac is 0, 1"),
+    (f"{TRAIN} --task rhythm13", "'rhythm13', rhythm12"), (f"{TRAIN} --frac 0", "--frac is 0, --help"),
     (f"{TRAIN} --leads I,IV", "--leads, IV, aVR"), (f"{TRAIN} --device tpu9", "tpu9, cpu"),
-    (f"{TRAIN} --out run", "run, holds a run, --resume"), (f"{TRAIN} --lr nan", "--lr is nan"),
+    (f"{TRAIN} --out run", "run, holds a run, --resume"), (f"{TRAIN} --lr nan", "--lr is nan, --help"),
     (f"{RESUME} --lr 0.01 --seed 4", "lr was 0.0005, now 0.01, seed was 0, another --out"),
     (f"{EVALUATE} --record empty", "empty, .hea"), (f"{READ} --plot ecg.doc", "ecg.doc, .png"),
 ]

@@ -1,19 +1,13 @@
 """The CUDA road on a machine without a GPU: fake tensors on "cuda:1" show crashes, wrong devices
-and wrong types.
-
-Fake tensors know shapes, types and devices and hold no numbers. PyTorch's CPU build has no backward
-for them, so gradients are set by hand here; what needs real kernels stands in test_gpu.py.
-"""
-from contextlib import nullcontext
+and wrong types. They hold no numbers, and have no gradients in PyTorch's CPU build; what needs real
+kernels stands in test_gpu.py."""
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses import fake_tensor
 
-import data
 import evaluate
 import model as network
 import post_train
@@ -24,41 +18,27 @@ DEVICE = torch.device("cuda", 1)
 @pytest.fixture
 def two_gpus(monkeypatch):
     """A machine that says to have two GPUs -> list of those that were made the current one."""
-    current = []
-    said = {"is_available": True, "device_count": 2, "mem_get_info": (80e9, 80e9),
-            "is_bf16_supported": True, "is_current_stream_capturing": False}
+    current, said = [], {"is_available": True, "device_count": 2, "mem_get_info": (8e10, 8e10)}
     for name, value in said.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *a, value=value, **k: value)
+        monkeypatch.setattr(torch.cuda, name, lambda *a, value=value: value)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     return current
 
 
 @pytest.fixture
 def fake(two_gpus, monkeypatch):
-    """Tensors may be made on DEVICE; what would read their numbers gets zeros -> list of the sizes
-    of what was pinned."""
-    pinned = []
+    """Tensors may be made on DEVICE -> a small network there, and a list that fills as it runs:
+    name of the module, device and type of its output."""
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *a: None, raising=False)
-    for name, zero in (("__float__", 0.0), ("__int__", 0), ("item", 0.0)):
-        monkeypatch.setattr(torch.Tensor, name, lambda self, zero=zero: zero, raising=False)
-    monkeypatch.setattr(post_train, "check_finite", lambda *a: None)
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(len(self)) or self)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    model, seen = network.ecgfounder(12, drop_path=0.5, levels=((16, 1), (32, 2))), []
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
-        yield pinned
-
-
-def watched(model):
-    """The model on DEVICE, and a list that fills as it runs: (name of the module, device and type
-    of its output)."""
-    seen = []
-    for name, module in model.named_modules():
-        module.register_forward_hook(
-            lambda m, i, out, name=name: seen.append((name, out.device, out.dtype)))
-        for key, p in module._parameters.items():
-            there = torch.empty(p.shape, device=DEVICE)
-            module._parameters[key] = torch.nn.Parameter(there, requires_grad=False)
-    return model, seen
+        for name, module in model.named_modules():
+            module.register_forward_hook(
+                lambda m, i, out, name=name: seen.append((name, out.device, out.dtype)))
+            for key, p in module._parameters.items():
+                there = torch.empty(p.shape, device=DEVICE)
+                module._parameters[key] = torch.nn.Parameter(there, requires_grad=False)
+        yield model, seen
 
 
 def check(seen, amp):
@@ -69,91 +49,52 @@ def check(seen, amp):
 
 @pytest.mark.parametrize("amp", [torch.float16, torch.bfloat16, None])
 def test_an_epoch(fake, monkeypatch, amp):
-    model, seen = watched(network.ecgfounder(12, drop_path=0.5, dropout=0.05))
-
     def backward(loss):
         assert loss.device == DEVICE and loss.dtype == torch.float32
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
 
+    (model, seen), copied = fake, []
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    signals = np.zeros((9, 12, 5000), np.float16)
-    split = post_train.Split(signals, np.arange(1, 9), torch.zeros(8, 12, device=DEVICE))
-    split = post_train.on_device(split, DEVICE)
-    assert split.array.device == DEVICE and split.array.dtype == torch.float16
-    assert split.array.shape == (8, 12, 5000) and split.rows.tolist() == list(range(8))
-    stage = post_train.stages_of(post_train.parse(["--task", "all71"]))[1]
-    optimizer = post_train.make_optimizer(stage, [model])
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: 0.5)
+    monkeypatch.setattr(torch.Tensor, "__setitem__", lambda x, i, new: copied.append(new.shape))
+    labels = SimpleNamespace(y=np.zeros((8, 12), np.uint8), row=np.arange(1, 9))
+    split = post_train.make_split(np.zeros((9, 12, 5000), np.float16), labels, DEVICE)
+    assert (split.x.device, split.x.dtype) == (DEVICE, torch.float16)
+    assert copied == [split.x.shape] == [(8, 12, 5000)]
+    stage = post_train.stages_of(post_train.parse(["--task", "all71"]), 1)[1]
+    optimizer = post_train.make_optimizer(stage, parameters := list(model.parameters()))
     scaler = torch.amp.GradScaler("cuda", enabled=amp == torch.float16)
-    index = [np.arange(4), np.arange(4, 8)]
-    post_train.train_epoch(model, optimizer, scaler, split, index, [1e-3] * 2, 1.0, amp)
+    batches = [np.arange(4), np.arange(4, 8)]
+    post_train.train_epoch(model, optimizer, scaler, split, batches, [1e-3] * 2, 1.0, amp)
     check(seen, amp)
-    assert fake == [4] * 4  # row numbers, of signals and labels: no copy waits for the GPU
-    assert all(p.device == DEVICE for p in model.parameters())
-    assert all(state["exp_avg"].device == DEVICE for state in optimizer.state.values())
-
-
-class AtOnce(nullcontext):
-    """A pool without threads, as fake tensors live in one."""
-
-    def __init__(self, workers):
-        super().__init__(self)
-
-    def submit(self, function, *arguments):
-        result = function(*arguments)
-        return SimpleNamespace(result=lambda: result)
+    states = [optimizer.state[p]["exp_avg"] for p in parameters]
+    assert {state.device for state in states} == {DEVICE}
 
 
 def test_inference(fake, monkeypatch):
-    """What is predicted on a GPU, from pinned batches, comes back as numbers on the CPU."""
-    model, seen = watched(network.ecgfounder(12).eval())
-    monkeypatch.setattr(data, "ThreadPoolExecutor", AtOnce)
+    model, seen = fake
     monkeypatch.setattr(torch.Tensor, "cpu",
                         lambda self: SimpleNamespace(numpy=lambda: np.zeros(self.shape)))
-    signals = np.zeros((5, 12, 5000), np.float16)
-    got = evaluate.infer(model, signals, np.arange(5), DEVICE, 2, torch.float16)
-    assert got.shape == (5, 12) and fake == [2, 2, 1]
+    signals = np.zeros((300, 12, 320), np.float16)
+    got = evaluate.infer(model.eval(), signals, np.arange(300), DEVICE, torch.float16)
+    assert got.shape == (300, 12)
     check(seen, torch.float16)
 
 
 @pytest.mark.parametrize("options, rank, index", [
-    (["--device", "cuda:1"], None, 1), (["--device", "cuda"], None, 0), ([], None, 0),
-    ([], "1", 1)])
+    (["--device", "cuda:1"], None, 1), ([], None, 0), ([], "1", 1)])
 def test_a_run_takes_its_gpu(two_gpus, demo_set, tmp_path, monkeypatch, options, rank, index):
-    """From the options to the training and to the test fold, which are left out here."""
-    def predict_folds(path, folds, root, task, device, skip_unreadable):
-        seen.append((*folds, device))
-        y = np.eye(2, dtype=int)
-        return {"y_true": y, "y_prob": y, "patient_id": None, "classes": np.array(["a", "b"])}, None
-
+    """That of its LOCAL_RANK, if it has one; training and test are left out."""
     seen, device = [], torch.device("cuda", index)
-    if rank:
-        for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
-            monkeypatch.setenv(name, value)
-    for name in ("barrier", "destroy_process_group"):
-        monkeypatch.setattr(post_train.dist, name, lambda: None)
-    monkeypatch.setattr(post_train.dist, "init_process_group", seen.append)
-    monkeypatch.setattr(post_train, "train", lambda args, *where: seen.extend([args.amp, *where]))
-    monkeypatch.setattr(evaluate, "predict_folds", predict_folds)
-    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path: {})
-    post_train.post_train(post_train.parse([
-        "--task", "rhythm12", "--weights", "none", "--data", str(demo_set),
-        "--out", str(tmp_path / "run"), *options]))
+    for name in ("RANK", "LOCAL_RANK") * bool(rank):
+        monkeypatch.setenv(name, rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(post_train.dist, name, lambda *kind: seen.extend(kind))
+    for name in ("train", "finish"):
+        monkeypatch.setattr(post_train, name, lambda args, *a: seen.append((args.amp, a[0])))
+    post_train.main(["--task", "rhythm12", "--weights", "none", "--data", str(demo_set),
+                     "--out", str(tmp_path / "run"), *options])
     assert two_gpus == [device]
-    alone = ["fp16", device, 0, 1, (9, device), (10, device)]
-    assert seen == (["nccl", "fp16", device, 1, 2] if rank else alone)
-
-
-def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, capsys):
-    """All processes end an NCCL group together: one that has failed ends without."""
-    ended = Mock()
-    group = SimpleNamespace(init_process_group=lambda kind: None, is_initialized=lambda: True)
-    monkeypatch.setattr(post_train, "dist", group)  # without a way to end it
-    monkeypatch.setattr(post_train, "train", Mock(side_effect=data.InputError("alone")))
-    monkeypatch.setattr(post_train, "post_train",
-                        lambda args: post_train.train_in_group(args, DEVICE, 1, 2))
-    monkeypatch.setattr(post_train.os, "_exit", ended)
-    with pytest.raises(SystemExit):  # as that came back here
-        post_train.main(["--task", "rhythm12"])
-    ended.assert_called_once_with(2)
-    assert capsys.readouterr().err == "post_train.py: alone\n"
+    assert seen == (["nccl", ("fp16", device)] if rank else [("fp16", device)] * 2)

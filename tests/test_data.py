@@ -153,7 +153,8 @@ def test_a_killed_build_starts_over(uncached, tmp_path):
     ("os.fsync", Mock(side_effect=KeyboardInterrupt), 130, ["interrupted"])])
 def test_a_failed_build_leaves_nothing(uncached, monkeypatch, fails, name, fault, status, words):
     monkeypatch.setattr(name, fault)
-    fails(data.main, ["--data", uncached, "--workers", 2], *words, status=status)
+    call = ["--data", uncached, "--preprocess", "raw", "--workers", 2]
+    fails(data.main, call, *words, status=status)
     assert content(uncached / "cache") == {}
 
 
@@ -173,7 +174,7 @@ def test_unreadable_records_are_listed_and_left_out_on_request(uncached, demo_se
     (folder / "00003_hr.dat").unlink()
     for name, size in (("00005_hr.dat", 1001), ("00007_hr.hea", 9), ("00009_hr.hea", 0)):
         os.truncate(folder / name, size)
-    fails(data.main, ["--data", uncached], "00003_hr", "4 of 60 records", "--skip-unreadable")
+    fails(data.main, ["--data", uncached], "00003_hr", "all 4", "--skip-unreadable")
     about, = uncached.glob("cache/*.json")
     bad = json.loads(about.read_text())["unreadable"]
     assert [record[-8:] for record in bad] == [f"{i:05d}_hr" for i in (3, 5, 7, 9)]

@@ -17,7 +17,6 @@ import glob
 import io
 import json
 import os
-import zipfile
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -323,7 +322,9 @@ def load_predictions(path):
         fits = fits and {shapes["ecg_id"], shapes["patient_id"]} <= {(n,), ()}
         good = np.isin(p["y_true"], (0, 1)).all() and (abs(p["y_prob"] - 0.5) <= 0.5).all()
         problem = "" if fits and good else f"labels, probabilities or shapes are wrong: {shapes}"
-    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # NumPy and zipfile raise many types; object arrays are refused here
         problem = error
     if problem:
         raise InputError(f"{path}: cannot be read as predictions ({problem}); wanted an .npz of "

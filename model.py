@@ -184,11 +184,10 @@ def read_checkpoint(path):
             key + ""                # a text
             value.float().numpy()   # a plain tensor, with data
     except Exception as error:  # torch raises almost anything for a damaged file, with bad advice
-        said = re.search(r"Unsupported global: GLOBAL \S+|No such file.*", str(error))
+        said = re.search(r"Unsupported global: GLOBAL \S+|No such file.*|$", str(error))[0]
         raise WeightsError(f"{path}: no checkpoint of tensors and plain data can be read "
-                           f"({said[0] if said else type(error).__name__}); fetch or train it "
-                           "again; `python model.py --download` fetches the official weights"
-                           ) from None
+                           f"({said or type(error).__name__}); fetch or train it again; `python "
+                           "model.py --download` fetches the official weights") from None
     return checkpoint
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-import model as network
+import evaluate
 import post_train
 
 TESTS = Path(__file__).parent
@@ -24,10 +24,9 @@ def read_csv(path):
 
 
 def write_csv(path, rows):
+    """Rows are dicts with the same keys in the same order."""
     with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(f).writerows([rows[0], *(row.values() for row in rows)])
 
 
 def edit_csv(path, change):
@@ -41,9 +40,8 @@ def write_record(path, signal, names, fs=500, units="mV", gain=1000):
     """Write (leads, n) as a WFDB record at `path` (without extension), which is returned."""
     import wfdb
     n, path = len(names), Path(path)
-    wfdb.wrsamp(path.name, fs=fs, units=[units] * n, sig_name=list(names),
-                p_signal=np.asarray(signal, float).T, fmt=["16"] * n, adc_gain=[gain] * n,
-                baseline=[0] * n, write_dir=str(path.parent))
+    wfdb.wrsamp(path.name, fs, [units] * n, list(names), np.asarray(signal, float).T,
+                fmt=["16"] * n, adc_gain=[gain] * n, baseline=[0] * n, write_dir=str(path.parent))
     return path
 
 
@@ -94,11 +92,8 @@ def by_sklearn(y, prob, weight=None):
 
 def predicted(path, x):
     """A checkpoint's probabilities (N, L) for signals (N, leads, n), by its network alone."""
-    checkpoint = torch.load(path, weights_only=True)
-    model = network.ecgfounder(len(checkpoint["classes"]), len(checkpoint["leads"])).eval()
-    model.load_state_dict(checkpoint["state_dict"])
     with torch.inference_mode():
-        return torch.sigmoid(model(torch.from_numpy(x))).numpy()
+        return torch.sigmoid(evaluate.load_model(path)[1](torch.from_numpy(x))).numpy()
 
 
 def content(folder):
@@ -114,13 +109,11 @@ def temporaries(folder):
 @contextmanager
 def states_kept(folder, to):
     """Copy `folder` to the folders 1, 2 ... of `to`, as a kill would leave it before each call of
-    os.replace: what is being written is there by half. Gives the list of the copies."""
+    os.replace; gives the list of the copies."""
     states, replace = [], os.replace
 
     def keep_and_replace(*args):
         states.append(shutil.copytree(folder, Path(to, str(len(states) + 1))))
-        for path in temporaries(states[-1]):
-            os.truncate(path, path.stat().st_size // 2)
         replace(*args)
 
     with patch.object(os, "replace", keep_and_replace):

@@ -153,8 +153,7 @@ def test_a_killed_build_starts_over(uncached, tmp_path):
     ("os.fsync", Mock(side_effect=KeyboardInterrupt), 130, ["interrupted"])])
 def test_a_failed_build_leaves_nothing(uncached, monkeypatch, fails, name, fault, status, words):
     monkeypatch.setattr(name, fault)
-    call = ["--data", uncached, "--preprocess", "raw", "--workers", 2]
-    fails(data.main, call, *words, status=status)
+    fails(data.main, ["--data", uncached, "--preprocess", "raw"], *words, status=status)
     assert content(uncached / "cache") == {}
 
 

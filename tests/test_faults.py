@@ -1,7 +1,5 @@
-"""Kills, full disks, Ctrl-C, a process that fails alone: nothing is lost or half written.
-
-What a kill may leave at any other moment: test_post_train.py.
-"""
+"""Kills, full disks, Ctrl-C, a process that fails alone: nothing is lost or half written."""
+import math
 import os
 import signal
 import subprocess
@@ -19,8 +17,7 @@ def test_a_killed_build_starts_over(uncached, demo_set):
     """By SIGKILL, before its array has its name; what is left of it goes an hour later."""
     words = "data.py", "--data", uncached, "--workers", 2
     end(start(*words, kill_at=2), -signal.SIGKILL)
-    left, = temporaries(uncached)
-    os.utime(left, (0, 0))
+    os.utime(*temporaries(uncached), (0, 0))
     end(start(*words))
     assert content(uncached / "cache") == content(demo_set / "cache")
 
@@ -28,12 +25,12 @@ def test_a_killed_build_starts_over(uncached, demo_set):
 def test_a_killed_training_goes_on_and_a_full_disk_says_so(demo_set, tmp_path):
     """SIGKILL before best.pt has its name, then no room for last.pt, which holds the most."""
     out, whole = tmp_path / "run", tmp_path / "whole"
-    words = "post_train.py", *arguments(demo_set, out)
-    undisturbed = start("post_train.py", *arguments(demo_set, whole))
+    words, others = (("post_train.py", *arguments(demo_set, path)) for path in (out, whole))
+    undisturbed = start(*others)
     end(start(*words, kill_at=6), -signal.SIGKILL)
     assert ["best.pt" in path.name for path in temporaries(out)] == [True]
-    limit = 2 * (out / "probe.pt").stat().st_size
-    line, = end(start(*words, "--resume", largest_file=limit), 2)
+    room = 2 * (out / "probe.pt").stat().st_size
+    line, = end(start(*words, "--resume", largest_file=room), 2)
     assert all(word in line for word in ("last.pt", "make room", "--resume"))
     assert {path.name for path in out.glob("*.pt")} == {"probe.pt", "best.pt"}
     end(undisturbed)
@@ -64,6 +61,12 @@ def test_ctrl_c_ends_the_run_at_once(tiny, demo_set, tmp_path, monkeypatch, fail
     fails(post_train.main, arguments(demo_set, tmp_path), "--resume", status=130)
     assert len(passes) == number and passes[-1] is (number == 3)
     assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, demo_set, tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(network.ECGFounder, "head", lambda self, x: self.dense(x) * math.inf)
+    fails(post_train.main, arguments(demo_set, tmp_path), "finetune epoch 1", "--lr", "--amp")
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "probe.pt"}
 
 
 def test_a_process_that_fails_alone_says_why_and_ends_the_others(demo_set, tmp_path):

@@ -1,15 +1,14 @@
 """The tables and pictures of README and RESULTS.md from the folders of finished runs, K seeds of
-each setting. It computes every interval anew, from predictions.npz.
+each setting one after the other. Computes every interval anew, from each run's predictions.npz.
 
     python tests/tools/figures.py --group 3 --table --differences runs/{baseline,post}-1-{0,1,2}
-    python tests/tools/figures.py --group 3 --points points.png runs/{baseline,post}-{0.1,1}-{0,1,2}
+    python tests/tools/figures.py --points points.png runs/{baseline,post}-{0.1,1}-{0,1,2}
     python tests/tools/figures.py --method method.png
 
-Scores are of best.pt on fold 10. Table: the seeds' mean, with its 95 % interval over the test
-patients, and their standard deviation. Differences: of the seeds' means. Points: mean and range.
+Table: the seeds' mean, with its 95 % interval over the test patients, and standard deviation.
+Differences: of the seeds' means. Points: mean and range.
 """
 import argparse
-import json
 import os
 import re
 import sys
@@ -21,30 +20,26 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
 import evaluate
-import model as network
 
 INK, GREY, BLUE, ORANGE = "#333333", "#b9bec6", "#4c8fc4", "#e08a2e"
 
 
 def settings_of(runs, size):
-    """{name of each setting: folders of its seeds}. A setting's name is a path that all its runs
-    share but for the number at the end; with a size of 1 each run is a setting."""
-    parent, seed = os.path.commonpath([Path(run).absolute().parent for run in runs or "."]), ""
-    if size > 1:
-        seed = r"-(seed)?\d+$"
-    names, settings = [re.sub(seed, "", os.path.relpath(run, parent)) for run in runs], {}
-    for name, run in zip(names, runs):
-        settings.setdefault(name, []).append(Path(run))
-    if {*map(len, settings.values())} != {size}:
-        raise data.InputError(f"--group {size}: {len(runs)} runs of {', '.join(settings)}; wanted "
-                              f"{size} of each setting")
+    """{name of a setting: folders of its seeds}: `size` consecutive runs, whose paths differ in the
+    number at the end alone."""
+    parent = os.path.commonpath([Path(run).absolute().parent for run in runs])
+    end = r"-(seed)?\d+$" if size > 1 else "$"
+    names = [re.sub(end, "", os.path.relpath(run, parent)) for run in runs]
+    settings = {names[i]: runs[i:i + size] for i in range(0, len(runs), size)}
+    if [name for name in settings for _ in range(size)] != names:
+        raise data.InputError(f"--group {size}: {', '.join(runs)}; wanted {size} seeds of each "
+                              "setting, one after the other")
     return settings
 
 
-def scores_of(settings):
-    """The predictions of all runs -> (their classes, {setting: evaluate.Scores of each seed})."""
-    runs = [run for group in settings.values() for run in group]
-    found = [evaluate.load_predictions(run / "predictions.npz") for run in runs]
+def scores_of(runs):
+    """Folders -> the classes of their predictions, {folder: evaluate.Scores}."""
+    found = [evaluate.load_predictions(f"{run}/predictions.npz") for run in runs]
     classes, first, scores = evaluate.shared_classes(runs, [[*p["classes"]] for p in found]), {}, {}
     for run, p in zip(runs, found):
         p = evaluate.in_order(run, p, found[0]["ecg_id"], classes)
@@ -52,7 +47,7 @@ def scores_of(settings):
         if (p["y_true"] != first["y_true"]).any():
             raise data.InputError(f"{run}: its labels are not those of {runs[0]}")
         scores[run] = evaluate.score({**p, "patient_id": first["patient_id"]})
-    return classes, {name: [scores[run] for run in group] for name, group in settings.items()}
+    return classes, scores
 
 
 def mean(seeds):
@@ -61,89 +56,76 @@ def mean(seeds):
     return evaluate.Scores(np.mean(point, 0), np.mean(slopes, 0), factors[0])
 
 
-def table(settings, scores):
-    """The settings' scores as lines of a Markdown table."""
-    rows = [["run", "AUROC", "AUPRC", "seeds", "seconds of epochs"], ["---"] * 5]
-    for name, seeds in scores.items():
-        s, macros = mean(seeds), np.array([evaluate.macro(seed.point) for seed in seeds])
-        point = macros.mean(0)
+def table(settings):
+    """{setting: Scores of its seeds} -> lines of a Markdown table."""
+    lines = ["| run | AUROC | AUPRC | seeds |", "| --- | --- | --- | --- |"]
+    for name, seeds in settings.items():
+        s, macros = mean(seeds), [evaluate.macro(seed.point) for seed in seeds]
+        point = np.mean(macros, 0)
         ends = evaluate.interval(point, evaluate.half_width(s.slopes, s.factor))
         cells = ["{:.3f} ({:.3f} to {:.3f})".format(p, *e) for p, e in zip(point, ends)]
         if len(seeds) > 1:
-            cells = [f"{cell} ± {sd:.3f}" for cell, sd in zip(cells, macros.std(0, ddof=1))]
-        lines = [line for run in settings[name]
-                 for line in (run / "metrics.jsonl").read_text().splitlines()]
-        seconds = sum(json.loads(line)["seconds"] for line in lines) / len(seeds)
-        rows.append([name, *cells, str(len(seeds)), f"{seconds:,.0f}"])
-    return [f"| {' | '.join(row)} |" for row in rows]
+            cells = [f"{cell} ± {sd:.3f}" for cell, sd in zip(cells, np.std(macros, 0, ddof=1))]
+        lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
+    return lines
 
 
-def differences(classes, scores):
-    """Paired differences of the settings' mean scores as lines."""
-    return [line for a, b in combinations(scores, 2) for line in evaluate.difference_lines(
-        {"a": a, "b": b, **evaluate.difference(mean(scores[a]), mean(scores[b]), classes)})]
+def differences(settings, classes):
+    """{setting: Scores of its seeds} -> the paired differences as lines."""
+    means = {name: mean(seeds) for name, seeds in settings.items()}
+    return [line for a, b in combinations(means, 2) for line in evaluate.difference_lines(
+        {"a": a, "b": b, **evaluate.difference(means[a], means[b], classes)})]
 
 
-def draw_points(figure, settings, scores):
-    """Macro AUROC and AUPRC over the number of training ECGs, a line for the settings that differ
-    in that alone: their runs are named <setting>-<frac>-<seed>."""
-    lines, sizes = {}, {}
-    for name, seeds in scores.items():
-        trained = network.read_checkpoint(settings[name][0] / "best.pt")
-        frac, labels = trained["args"]["frac"], data.load_labels(trained["data"], trained["task"])
-        train = np.flatnonzero(np.isin(labels.fold, data.TRAIN_FOLDS))
-        n = len(data.subset(train, frac, 0))
-        line, sizes[n] = re.sub(rf"-(frac)?{frac:g}(?=-|$)", "", name), f"{n:,}"
-        lines.setdefault(line, {})[n] = [evaluate.macro(seed.point) for seed in seeds]
+def draw_points(figure, scores):
+    """Macro AUROC and AUPRC over the fraction of the training ECGs, a line for the runs that are
+    named alike but for fraction and seed: <setting>-<frac>-<seed>."""
+    lines = {}
+    for run, s in scores.items():
+        setting, frac, _ = Path(run).name.rsplit("-", 2)
+        line = lines.setdefault(setting, {})
+        line.setdefault(float(frac), []).append(evaluate.macro(s.point))
     for k, axis in enumerate(figure.subplots(1, 2)):
-        for name, points in lines.items():
-            x = sorted(points)
-            seeds = np.array([points[n] for n in x])[:, :, k]   # (sizes, seeds)
-            axis.plot(x, seeds.mean(1), label=name, marker="o")
-            axis.fill_between(x, seeds.min(1), seeds.max(1), alpha=0.15)
-        axis.grid(alpha=0.3)
-        axis.set(xscale="log", xlabel="training ECGs",
-                 ylabel=f"macro {('AUROC', 'AUPRC')[k]}, fold 10")
-        axis.set_xticks(list(sizes), list(sizes.values()))
+        for name, line in lines.items():
+            x = sorted(line)
+            seeds = [np.array(line[frac])[:, k] for frac in x]
+            axis.plot(x, [*map(np.mean, seeds)], label=name, marker="o")
+            axis.fill_between(x, [*map(np.min, seeds)], [*map(np.max, seeds)], alpha=0.15)
+        axis.set(xscale="log", xlabel="fraction of the training ECGs", xticks=x, xticklabels=x)
+        axis.set_ylabel(f"macro {('AUROC', 'AUPRC')[k]}, fold 10")
         axis.minorticks_off()
+        axis.grid(alpha=0.3)
     figure.axes[0].legend(frameon=False, fontsize="small")
 
 
 def draw_stage(axis, left, title, note, color, skipped):
-    """One stage, 440 wide: ECG, a backbone of six blocks, head, classes."""
+    """One stage, 440 wide: ECG, a backbone of six blocks and a head, classes."""
     from matplotlib.patches import FancyBboxPatch
-
-    def box(x, height, color, edge=INK, style="-"):
-        axis.add_patch(FancyBboxPatch((x, 150 - height / 2), 22, height, "round,pad=0,"
-                                      "rounding_size=4", fc=color, ec=edge, ls=style))
-
-    def arrow(start, end):
-        axis.annotate("", (end, 150), (start, 150), arrowprops={
-            "arrowstyle": "-|>", "color": INK, "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0})
-
-    t, waves = np.linspace(0, 1, 200), ((7, 0.2, 0.035), (-8, 0.38, 0.012), (46, 0.42, 0.014),
-                                        (-15, 0.46, 0.014), (12, 0.7, 0.055))   # of a made-up beat
+    t = np.linspace(0, 1, 200)
+    waves = ((7, 0.2, 0.035), (-8, 0.38, 0.012), (46, 0.42, 0.014), (-15, 0.46, 0.014),
+             (12, 0.7, 0.055))      # of a made-up beat: height, place, width
     beat = sum(a * np.exp(-((t - c) / w) ** 2 / 2) for a, c, w in waves)
     axis.plot(left + 4 + 74 * t, 150 + beat, color=INK, linewidth=1.3)
-    arrow(left + 82, left + 104)
-    for i in range(6):
-        x = left + 104 + 36 * i
+    arrows = [(82, 104)]
+    for i, x in enumerate(range(104, 356, 36)):
+        height, face, line = (90, "white", ":") if i in skipped else (90, color, "-")
+        if i == 6:
+            height, face = 56, ORANGE
+        axis.add_patch(FancyBboxPatch((left + x, 150 - height / 2), 22, height, "round,pad=0,"
+                                      "rounding_size=4", fc=face, ec=INK, ls=line))
         if i in skipped:
-            box(x, 90, "white", "#8a9099", (0, (3, 2)))
-            axis.plot([x - 14, x - 7, x - 7, x + 29, x + 29], [150, 150, 210, 210, 150], color=INK,
-                      linewidth=1.2)
-        else:
-            box(x, 90, color)
+            around = left + x + np.array([-14, -7, -7, 29, 29])
+            axis.plot(around, [150, 150, 210, 210, 150], color=INK, linewidth=1.2)
         if i + 1 not in skipped:
-            arrow(x + 29 if i in skipped else x + 22, x + 36)
-        if color == GREY:
-            axis.text(x + 11, 150, "❄", ha="center", va="center", fontsize=13, color="white")
-    box(left + 320, 56, ORANGE)
-    arrow(left + 342, left + 364)
+            arrows.append((x + (29 if i in skipped else 22), x + 36))
+        if face == GREY:
+            axis.text(left + x + 5, 144, "❄", fontsize=13, color="white")
+    for start, end in arrows:
+        axis.annotate("", (left + end, 150), (left + start, 150), arrowprops={
+            "arrowstyle": "-|>", "color": INK, "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0})
     for x, y, text, size in ((41, 102, "12-lead ECG", 9.5), (331, 102, "head", 9.5),
-                             (205, 42, note, 10.5)):
+                             (205, 42, note, 10.5), (216, 268, title, 12.5)):
         axis.text(left + x, y, text, ha="center", fontsize=size, linespacing=1.4)
-    axis.text(left + 216, 268, title, ha="center", fontsize=12.5, weight="bold")
     axis.text(left + 370, 103, "NORM\nAFIB\nLVH\n...", fontsize=9.5, linespacing=1.85)
 
 
@@ -179,18 +161,20 @@ def main(argv=None):
     add("--points", metavar="FILE.png", help="draw the scores over the number of training ECGs")
     add("--method", metavar="FILE.png", help="draw the method; takes no runs")
     args = parser.parse_args(argv)
-    with data.errors_in_one_line("figures.py", network.WeightsError):
-        if args.method:
-            picture(args.method, 3, draw_method)
-            return
-        settings = settings_of(args.runs, args.group)
-        classes, scores = scores_of(settings)
+    if args.method:
+        picture(args.method, 3, draw_method)
+    if not args.runs:
+        return
+    with data.errors_in_one_line("figures.py"):
+        classes, scores = scores_of(args.runs)
+        settings = {name: [scores[run] for run in group]
+                    for name, group in settings_of(args.runs, args.group).items()}
         if args.table:
-            print(*table(settings, scores), sep="\n")
+            print(*table(settings), sep="\n")
         if args.differences:
-            print(*differences(classes, scores), sep="\n")
+            print(*differences(settings, classes), sep="\n")
         if args.points:
-            picture(args.points, 3.6, draw_points, settings, scores)
+            picture(args.points, 3.6, draw_points, scores)
 
 
 if __name__ == "__main__":

@@ -64,25 +64,31 @@ class PlainBlock(nn.Module):
 
 
 class PlainNet1D(nn.Module):
-    """The same parameter names as the published network; drop_path_rates: one for each of the 20
-    blocks."""
+    """In the place of model.ecgfounder, with the parameter names of the published network."""
 
-    def __init__(self, n_classes, in_channels=12, drop_path_rates=(0.0,) * 20):
+    def __init__(self, n_classes, in_channels=12, drop_path=0.0, mode="constant", dropout=0.0):
         super().__init__()
-        self.first_conv = PaddedConv(in_channels, 64, 16, 2)
-        self.stage_list, before, rates = nn.ModuleList(), 64, iter(drop_path_rates)
+        before, n_blocks = LEVELS[0][0], sum(n for _, n in LEVELS)
+        rates = iter(np.linspace(drop_path if mode == "constant" else 0, drop_path, n_blocks))
+        self.first_conv, self.stage_list = PaddedConv(in_channels, before, 16, 2), nn.ModuleList()
         for level, (channels, n) in enumerate(LEVELS):
             blocks = [PlainBlock(before, channels, 2, level == 0, next(rates))]
             blocks += [PlainBlock(channels, channels, 1, False, next(rates)) for _ in range(n - 1)]
             self.stage_list.append(nn.ModuleDict({"block_list": nn.Sequential(*blocks)}))
             before = channels
-        self.dense = nn.Linear(1024, n_classes)
+        self.dropout, self.dense = nn.Dropout(dropout), nn.Linear(before, n_classes)
 
-    def forward(self, x):
+    def forward_features(self, x):
         x = swish(self.first_conv(x))
         for level in self.stage_list:
             x = level["block_list"](x)
-        return self.dense(x.mean(-1))
+        return x.mean(-1)
+
+    def head(self, features):
+        return self.dense(self.dropout(features))
+
+    def forward(self, x):
+        return self.head(self.forward_features(x))
 
 
 def read_and_filter(path):

@@ -28,7 +28,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -378,7 +378,8 @@ def write_signals(f, root, made_of, workers):
                 part = records[i:i + 128 * workers]
                 for record, (windows, why) in zip(part, pool.map(read, part, chunksize=8)):
                     f.write(bytes(2 * len(leads) * SAMPLES) if why else windows.tobytes())
-                    unreadable.update({record: why} if why else {})
+                    if why:
+                        unreadable[record] = why
                     bar.update()
             bar.close()
     except BrokenProcessPool:
@@ -407,10 +408,11 @@ def load_records(root, task, how="filter", leads=LEADS, **options):
 def whole_file(path):
     """A file to write bytes to, which gets the name `path` once all are written, or never."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    for old in path.parent.glob(f".{path.name}.*"):     # a killed process may have left it
-        if time.time() - old.stat().st_mtime > 3600:
-            old.unlink(missing_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    for old in path.parent.glob(f".{path.name}.*.part"):    # a killed process may have left it
+        with suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
     try:
         with open(part, "wb") as f:
             yield f
@@ -464,6 +466,7 @@ def download(root):
             for member in tqdm(files, "unpack", unit="file", disable=None):
                 z.extract(member, root)     # which checks its CRC
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        Path(root, DATABASE).unlink(missing_ok=True)
         raise InputError(f"{archive}: not PTB-XL's zip, or not all of it ({error}); remove it and "
                          f"run this again, or: wget -c -O {archive} {URL}") from None
     archive.unlink()

@@ -127,10 +127,11 @@ def half_width(slopes, factor):
 
 
 def interval(point, half):
-    """point -/+ half on the logit scale, which keeps it in [0, 1]: (2,), (2,) -> (2, 2)."""
+    """point -/+ half on the logit scale, which keeps it in [0, 1]: (2,), (2,) -> (2, 2). NaN where
+    the score is perfect, of which no other score can be told."""
     from scipy.special import expit, logit
     inside = point * (1 - point)
-    step = np.divide(half, inside, out=np.zeros_like(half), where=inside > 0)
+    step = np.divide(half, inside, out=np.full_like(half, np.nan), where=inside > 0)
     return expit(logit(point)[:, None] + step[:, None] * [-1, 1])
 
 
@@ -172,7 +173,8 @@ def difference(a, b, classes, top=5):
     paired intervals. The gain is relative to a, in percent. classes: the `top` that differ most."""
     base, diff = macro(a.point), macro(b.point) - macro(a.point)
     half = half_width(b.slopes - a.slopes, a.factor)
-    ends, gain = plain(np.stack([diff - half, diff + half], 1)), plain(100 * diff / base)
+    ends = plain(np.stack([diff - half, diff + half], 1))
+    gain = plain(100 * diff / np.where(base > 0, base, np.nan))
     auroc, auprc = b.point - a.point
     order = np.argsort(-np.maximum(abs(auroc), abs(auprc)), kind="stable")  # NaNs come last
     return {"macro_auroc_diff": plain(diff[0]), "macro_auroc_diff_ci": ends[0],
@@ -238,7 +240,8 @@ def infer(forward, x, rows, device, amp=None):
     size = 256 if device.type == "cuda" else 64
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
     with torch.inference_mode(), autocast:
-        parts = [forward(take(x, rows[i:i + size], device)) for i in range(0, len(rows), size)]
+        starts = range(0, max(1, len(rows)), size)
+        parts = [forward(take(x, rows[i:i + size], device)) for i in starts]
         return torch.cat(parts).float().cpu().numpy()
 
 
@@ -253,7 +256,7 @@ def pick_device(name):
     known = ["cpu", *["cuda"] * bool(gpus), *(f"cuda:{i}" for i in range(gpus))]
     if name and name not in known:
         raise InputError(f"--device {name}: wanted {', '.join(known)}, which there are here")
-    return torch.device(name or known[1 % len(known)])
+    return torch.device(name or ("cuda" if gpus else "cpu"))
 
 
 def load_model(path, device="cpu"):
@@ -319,17 +322,18 @@ def load_predictions(path):
         p = {**p, "classes": p["classes"].astype(str), "y_prob": p["y_prob"].astype(float)}
         n, shapes = len(p["y_true"]), {key: np.shape(array) for key, array in p.items()}
         fits = shapes["y_true"] == shapes["y_prob"] == (n, len({*p["classes"].tolist()})) and n
-        fits = fits and {shapes["ecg_id"], shapes["patient_id"]} <= {(n,), ()}
+        ids = [i for i in (p["ecg_id"], p["patient_id"]) if i is not None]
+        fits = fits and all(array.shape == (n,) for array in ids)
         good = np.isin(p["y_true"], (0, 1)).all() and (abs(p["y_prob"] - 0.5) <= 0.5).all()
-        problem = "" if fits and good else f"labels, probabilities or shapes are wrong: {shapes}"
-    except OSError:
+        if not (fits and good):
+            raise ValueError(f"labels, probabilities or shapes are wrong: {shapes}")
+    except FileNotFoundError:
         raise
     except Exception as error:  # NumPy and zipfile raise many types; object arrays are refused here
-        problem = error
-    if problem:
-        raise InputError(f"{path}: cannot be read as predictions ({problem}); wanted an .npz of "
+        raise InputError(f"{path}: cannot be read as predictions ({error}); wanted an .npz of "
                          "y_true (N, L) of 0 and 1, y_prob (N, L) from 0 to 1, classes (L,), each "
-                         "once, and optionally ecg_id and patient_id (N,)")
+                         "once, and optionally ecg_id and patient_id (N,)") from None
+    p["y_true"] = p["y_true"].astype(np.uint8)
     if p["patient_id"] is not None:     # each unknown one is its own
         unknown = list(map(data.is_unknown, p["patient_id"]))
         p["patient_id"] = np.where(unknown, np.arange(n) - n, p["patient_id"])
@@ -495,7 +499,8 @@ def run(args, device):
             np.savez(f, **found[path])
         print(f"{out}: predictions of {len(p['y_true']):,} records")
     if len(found) == 1:
-        result = report(score(p := found[args.models[0]]), p)
+        p = found[args.models[0]]
+        result = report(score(p), p)
         print(macro_line(args.models[0], result), "", *class_lines(result), sep="\n")
     else:
         result = compare(args.models, [found[path] for path in args.models])
@@ -508,6 +513,8 @@ def run(args, device):
 def run_records(args, device):
     """Predict single ECGs of any source, sampling rate and length, by windows of 10 s."""
     path, records, found, unreadable = args.models[0], find_records(args.record), [], []
+    if args.plot and records[1:]:
+        raise InputError(f"--plot draws one record, {len(records)} were given; give one")
     checkpoint, model = load_model(path, device)
     for record in tqdm(records, "predict", unit="record", disable=None if records[1:] else True):
         signals, why = data.try_record("", checkpoint["preprocessing"], checkpoint["leads"],
@@ -517,8 +524,8 @@ def run_records(args, device):
         else:
             prob = probabilities(infer(model, signals, np.arange(len(signals)), device))
             found.append((record, len(signals), prob.mean(0)))
-    if not found or args.plot and records[1:]:
-        raise InputError([*unreadable, "--plot draws one record; give one"][0])
+    if not found:
+        raise InputError(unreadable[0])
     lines = record_lines(checkpoint, found[0][2])
     if args.plot:
         caption = ",  ".join(" ".join(line.split()[:2]) for line in lines[1:6])

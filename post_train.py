@@ -22,6 +22,7 @@ import sys
 import time
 import zlib
 from collections import namedtuple
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,6 +158,7 @@ class Split(NamedTuple):
 def make_split(signals, labels, device):
     """A Split; its signals are in the GPU's memory, if there is a GPU with room for them."""
     y, n = torch.from_numpy(labels.y).float().to(device), len(labels.row)
+    # Three quarters are left to activations and the optimizer.
     if device.type != "cuda" or n * signals[0].nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return Split(signals, labels.row, y)
     x = torch.empty((n, *signals.shape[1:]), dtype=torch.float16, device=device)
@@ -170,7 +172,7 @@ def choose_records(args, labels):
     folds = data.TRAIN_FOLDS, data.VAL_FOLD, data.TEST_FOLD
     train, val, test = (labels.take(np.isin(labels.fold, some)) for some in folds)
     sizes, positives = [len(part.row) for part in (train, val, test)], val.y.sum(0)
-    if not min(sizes) or not ((0 < positives) & (positives < len(val.row))).any():
+    if min(sizes) < place()[1] or not ((0 < positives) & (positives < len(val.row))).any():
         raise InputError(f"{args.task}: {sizes} records in folds 1-8, 9 and 10; wanted some in "
                          "each, and in fold 9 both positives and negatives of a class")
     if data.is_own(args.task):
@@ -338,16 +340,12 @@ def train_epoch(net, optimizer, scaler, split, batches, rates, clip=math.inf, am
 def infer_all(forward, split, amp):
     """`evaluate.infer`, shared among the processes, which all get the whole result."""
     rank, world = place()
-    # Strided slices; with fewer records than processes some predict one for nothing.
-    mine = split.rows[rank::world] if rank < len(split.rows) else split.rows[:1]
-    part = evaluate.infer(forward, split.x, mine, split.y.device, amp)
-    if not dist.is_initialized():
-        return part
-    parts, whole = [None] * world, np.empty((len(split.rows), *part.shape[1:]), np.float32)
-    dist.all_gather_object(parts, part)
-    for r in range(min(world, len(whole))):
-        whole[r::world] = parts[r]
-    return whole
+    mine = np.array_split(split.rows, world)[rank]
+    parts = [evaluate.infer(forward, split.x, mine, split.y.device, amp)]
+    if dist.is_initialized():
+        part, parts = parts[0], [None] * world
+        dist.all_gather_object(parts, part)
+    return np.concatenate(parts)
 
 
 def validate(forward, split, amp):
@@ -445,11 +443,9 @@ class Run:
     def save(self, name, line, state_dict=None, **states):
         """Write a self-contained checkpoint of tensors and plain data, with the weights of `line`
         of the history, those that the model holds unless they are given."""
-        import scipy
-        import wfdb
         if place()[0]:
             return
-        versions = {m.__name__: str(m.__version__) for m in (torch, np, scipy, wfdb)}
+        versions = {name: metadata.version(name) for name in ("torch", "numpy", "scipy", "wfdb")}
         save_checkpoint(Path(self.args.out, name), {
             "state_dict": state_dict or self.model.state_dict(), **self.described,
             "data": self.args.data, "args": dict(vars(self.args)), "stage": line["stage"],
@@ -517,8 +513,10 @@ def parse(argv):
 
 def check(args):
     """Raise InputError for unusable arguments, before anything is read or written."""
+    least = 0 if args.epochs else 1     # epochs of the probe
     good = {"frac": 0 < args.frac <= 1, "epochs": args.epochs >= 0, "seed": args.seed >= 0,
-            "probe_epochs": args.epochs or args.probe_epochs != 0, "lr": args.lr > 0,
+            "probe_epochs": args.probe_epochs is None or args.probe_epochs >= least,
+            "lr": args.lr > 0, "probe_lr": args.probe_lr > 0, "clip": args.clip > 0,
             "batch_size": args.batch_size >= place()[1], "drop_path": 0 <= args.drop_path < 1,
             "dropout": 0 <= args.dropout < 1}
     bad = [name for name, fine in good.items() if not fine]
@@ -526,7 +524,7 @@ def check(args):
         raise InputError(f"--{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, see --help")
     if Path(args.out, "metrics.jsonl").exists() and not args.resume:
         raise InputError(f"{args.out}: holds a run; give --resume to continue it, or another --out")
-    if args.weights != "none" and not Path(args.weights).exists():
+    if args.weights != "none" and not Path(args.weights).exists() and not args.resume:
         raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the "
                          "official weights, --weights none starts from scratch")
 
@@ -544,7 +542,7 @@ def post_train(args):
     if data.is_own(args.task):
         args.task = os.path.abspath(args.task)
     if (out / "test.json").exists():
-        say(f"{out}: this run is finished, see test.json")
+        say(f"{out}: a run is finished there, see test.json; no arguments were compared")
         return
     out.mkdir(parents=True, exist_ok=True)
     # One process of a machine builds the cache, before they form a group, which has a timeout.
@@ -580,9 +578,9 @@ def finish(args, device, labels, signals):
 
 def main(argv=None):
     args = parse(argv)
-    stopped = "stopped; the same command with --resume continues after the last finished epoch"
-    # The last one: a smaller --batch-size needs less memory.
-    known = network.WeightsError, torch.OutOfMemoryError
+    stopped = ("stopped; the same command with --resume continues from the last checkpoint, a "
+               "minute or an epoch earlier at most")
+    known = network.WeightsError, torch.OutOfMemoryError    # torch's line says how much is lacking
     try:
         with data.errors_in_one_line("post_train.py", *known, interrupted=stopped):
             post_train(args)

@@ -102,8 +102,8 @@ def content(folder):
 
 
 def temporaries(folder):
-    """The files that are being written there, .<name>.<process>."""
-    return [path for path in Path(folder).rglob(".*") if path.suffix[1:].isdigit()]
+    """The files that are being written there, .<name>.<process>.part."""
+    return [*Path(folder).rglob(".*.part")]
 
 
 @contextmanager

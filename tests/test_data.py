@@ -192,7 +192,7 @@ def test_unreadable_records_are_listed_and_left_out_on_request(uncached, demo_se
 def mirror(tmp_path, monkeypatch):
     """(Path of a small PTB-XL zip that data.py downloads, its files by their names)."""
     make_demo(tmp_path / "set", records=3)
-    paths = [path for path in (tmp_path / "set").rglob("*") if path.is_file()]
+    paths = sorted(path for path in (tmp_path / "set").rglob("*") if path.is_file())
     files = {path.relative_to(tmp_path / "set").as_posix(): path.read_bytes() for path in paths}
     others = ("records100/00000/00001_lr.dat", "../escaped.csv", "records500/../../escaped.dat")
     with zipfile.ZipFile(tmp_path / "mirror.zip", "w") as z:

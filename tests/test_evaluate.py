@@ -38,14 +38,16 @@ def test_scores_equal_scikit_learns(case):
 
 
 def test_undefined_classes_do_not_count():
+    """Nor has a perfect score an interval."""
     y, prob = np.array([[1, 0, 1], [0, 0, 1]]), np.array([[0.9] * 3, [0.1] * 3])
     some = evaluate.report(scores_of(y, prob), {"y_true": y, "classes": "abc"})
     assert some["undefined"] == ["b", "c"] and some["macro_auroc"] == some["macro_auprc"] == 1.0
     assert some["per_class"]["c"] == {"positives": 2, "auroc": None, "auprc": None}
+    assert some["macro_auroc_ci"] == [None, None]
     assert "2 classes undefined" in evaluate.macro_line("m", some)
     assert evaluate.class_lines(some)[2].split() == ["b", "0", "-", "-"]
     none = evaluate.report(scores_of(y[:, 1:], prob[:, 1:]), {"y_true": y[:, 1:], "classes": "bc"})
-    assert none["macro_auroc"] is None and none["macro_auprc_ci"] == [None, None]
+    assert none["macro_auroc"] is None and none["macro_auroc_ci"] == some["macro_auroc_ci"]
 
 
 # ---------------------------------------------------------------------------------------- intervals

@@ -1,11 +1,10 @@
 """Train the rows of RESULTS.md, one run after the other, each with its seeds and fractions; what is
-done is left out, what was interrupted goes on.
+done is left out, what was interrupted goes on. Options after -- go to every post_train.py.
 
     python tests/tools/experiment.py --data target --weights pretrained.pt --seeds 0 1 2
-    python tests/tools/experiment.py --data ptbxl --rows probe baseline post --fracs 0.1 1 --dry-run
+    python tests/tools/experiment.py --data ptbxl --rows probe post --dry-run -- --amp bf16
 
-A run's folder is <out>/<row>-<frac>-<seed>; it gets the predictions of fold 10 for figures.py.
-Options after -- go to every post_train.py.
+A run's folder, <out>/<row>-<frac>-<seed>, also gets the predictions of fold 10 for figures.py.
 """
 import argparse
 import subprocess
@@ -28,16 +27,6 @@ ROWS = {            # what each gives post_train.py, in the order in which they 
 EPOCHS = {0.1: 30, 0.3: 20, 1.0: 15}    # of fine-tuning, by the fraction
 
 
-def commands(args, out, row, frac, seed):
-    """What trains and what predicts a run; of an option that stands twice the last counts."""
-    options = (f"--frac {frac:g} --seed {seed} --epochs {EPOCHS.get(frac, 30)} --batch-size 32 "
-               f"--resume {ROWS[row]}").split()
-    train = ["post_train.py", "--task", args.task, "--data", args.data, "--weights", args.weights,
-             "--out", str(out), *options, *args.options]
-    tool = ["tests/tools/hz100.py"] * args.hz100
-    return [*tool, *train], [*tool, "evaluate.py", f"{out}/best.pt"]
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
@@ -56,10 +45,16 @@ def main(argv=None):
         out = Path(args.out, f"{row}-{frac:g}-{seed}")
         if (out / "predictions.npz").exists():
             continue
-        for script, *words in commands(args, out, row, frac, seed):
+        train = ["post_train.py", "--data", args.data, "--weights", args.weights, "--task",
+                 args.task, "--out", str(out), *f"--frac {frac:g} --seed {seed} --resume".split(),
+                 *f"--batch-size 32 --epochs {EPOCHS.get(frac, 30)} {ROWS[row]}".split(),
+                 *args.options]     # of an option that stands twice the last counts
+        for command in (train, ["evaluate.py", f"{out}/best.pt"]):
+            script, *words = ["tests/tools/hz100.py"] * args.hz100 + command
             print("python", script, *words, flush=True)
-            command = [sys.executable, str(ROOT / script), *words]
-            if not args.dry_run and subprocess.run(command).returncode:
+            if args.dry_run:
+                continue
+            if subprocess.run([sys.executable, str(ROOT / script), *words]).returncode:
                 sys.exit(f"experiment.py: {out} has failed; the same command goes on")
 
 

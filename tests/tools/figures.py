@@ -1,5 +1,5 @@
-"""The tables and pictures of README and RESULTS.md from the folders of finished runs, K seeds of
-each setting one after the other. Computes every interval anew, from each run's predictions.npz.
+"""Tables and pictures of README and RESULTS.md from the folders of finished runs, K seeds of each
+setting one after the other. Computes every interval anew, from each run's predictions.npz.
 
     python tests/tools/figures.py --group 3 --table --differences runs/{baseline,post}-1-{0,1,2}
     python tests/tools/figures.py --points points.png runs/{baseline,post}-{0.1,1}-{0,1,2}
@@ -9,8 +9,6 @@ Table: the seeds' mean, with its 95 % interval over the test patients, and stand
 Differences: of the seeds' means. Points: mean and range.
 """
 import argparse
-import os
-import re
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -24,30 +22,26 @@ import evaluate
 INK, GREY, BLUE, ORANGE = "#333333", "#b9bec6", "#4c8fc4", "#e08a2e"
 
 
-def settings_of(runs, size):
-    """{name of a setting: folders of its seeds}: `size` consecutive runs, whose paths differ in the
-    number at the end alone."""
-    parent = os.path.commonpath([Path(run).absolute().parent for run in runs])
-    end = r"-(seed)?\d+$" if size > 1 else "$"
-    names = [re.sub(end, "", os.path.relpath(run, parent)) for run in runs]
-    settings = {names[i]: runs[i:i + size] for i in range(0, len(runs), size)}
-    if [name for name in settings for _ in range(size)] != names:
-        raise data.InputError(f"--group {size}: {', '.join(runs)}; wanted {size} seeds of each "
-                              "setting, one after the other")
-    return settings
-
-
 def scores_of(runs):
-    """Folders -> the classes of their predictions, {folder: evaluate.Scores}."""
+    """Folders -> the classes of their predictions, the evaluate.Scores of each."""
     found = [evaluate.load_predictions(f"{run}/predictions.npz") for run in runs]
-    classes, first, scores = evaluate.shared_classes(runs, [[*p["classes"]] for p in found]), {}, {}
+    classes = evaluate.shared_classes(runs, [[*p["classes"]] for p in found])
+    found = [evaluate.in_order(run, p, found[0]["ecg_id"], classes) for run, p in zip(runs, found)]
     for run, p in zip(runs, found):
-        p = evaluate.in_order(run, p, found[0]["ecg_id"], classes)
-        first = first or p
-        if (p["y_true"] != first["y_true"]).any():
+        if (p["y_true"] != found[0]["y_true"]).any():
             raise data.InputError(f"{run}: its labels are not those of {runs[0]}")
-        scores[run] = evaluate.score({**p, "patient_id": first["patient_id"]})
-    return classes, scores
+    return classes, [evaluate.score({**p, "patient_id": found[0]["patient_id"]}) for p in found]
+
+
+def settings_of(runs, scores, size):
+    """{name of a setting: Scores of its seeds}: `size` consecutive runs, whose names differ in the
+    seed at the end alone."""
+    names, settings = [run.rpartition("-")[0] if size > 1 else run for run in runs], {}
+    for name, s in zip(names, scores):
+        settings.setdefault(name, []).append(s)
+    if {*map(len, settings.values())} != {size}:
+        raise data.InputError(f"--group {size}: {', '.join(runs)}; wanted {size} seeds of each")
+    return settings
 
 
 def mean(seeds):
@@ -57,7 +51,7 @@ def mean(seeds):
 
 
 def table(settings):
-    """{setting: Scores of its seeds} -> lines of a Markdown table."""
+    """Lines of a Markdown table."""
     lines = ["| run | AUROC | AUPRC | seeds |", "| --- | --- | --- | --- |"]
     for name, seeds in settings.items():
         s, macros = mean(seeds), [evaluate.macro(seed.point) for seed in seeds]
@@ -71,19 +65,18 @@ def table(settings):
 
 
 def differences(settings, classes):
-    """{setting: Scores of its seeds} -> the paired differences as lines."""
-    means = {name: mean(seeds) for name, seeds in settings.items()}
-    return [line for a, b in combinations(means, 2) for line in evaluate.difference_lines(
-        {"a": a, "b": b, **evaluate.difference(means[a], means[b], classes)})]
+    """The paired differences of all settings as lines."""
+    return [line for a, b in combinations(settings, 2) for line in evaluate.difference_lines(
+        {"a": a, "b": b, **evaluate.difference(mean(settings[a]), mean(settings[b]), classes)})]
 
 
-def draw_points(figure, scores):
+def draw_points(figure, runs, scores):
     """Macro AUROC and AUPRC over the fraction of the training ECGs, a line for the runs that are
     named alike but for fraction and seed: <setting>-<frac>-<seed>."""
     lines = {}
-    for run, s in scores.items():
-        setting, frac, _ = Path(run).name.rsplit("-", 2)
-        line = lines.setdefault(setting, {})
+    for run, s in zip(runs, scores):
+        setting, frac, _ = run.rsplit("-", 2)
+        line = lines.setdefault(Path(setting).name, {})
         line.setdefault(float(frac), []).append(evaluate.macro(s.point))
     for k, axis in enumerate(figure.subplots(1, 2)):
         for name, line in lines.items():
@@ -91,15 +84,14 @@ def draw_points(figure, scores):
             seeds = [np.array(line[frac])[:, k] for frac in x]
             axis.plot(x, [*map(np.mean, seeds)], label=name, marker="o")
             axis.fill_between(x, [*map(np.min, seeds)], [*map(np.max, seeds)], alpha=0.15)
-        axis.set(xscale="log", xlabel="fraction of the training ECGs", xticks=x, xticklabels=x)
-        axis.set_ylabel(f"macro {('AUROC', 'AUPRC')[k]}, fold 10")
-        axis.minorticks_off()
+        axis.set(xscale="log", xlabel="fraction of the training ECGs", xticks=x, xticklabels=x,
+                 ylabel=f"macro {('AUROC', 'AUPRC')[k]}, fold 10")
         axis.grid(alpha=0.3)
-    figure.axes[0].legend(frameon=False, fontsize="small")
+        axis.legend(frameon=False)
 
 
 def draw_stage(axis, left, title, note, color, skipped):
-    """One stage, 440 wide: ECG, a backbone of six blocks and a head, classes."""
+    """One stage: ECG, a backbone of six blocks and a head, classes."""
     from matplotlib.patches import FancyBboxPatch
     t = np.linspace(0, 1, 200)
     waves = ((7, 0.2, 0.035), (-8, 0.38, 0.012), (46, 0.42, 0.014), (-15, 0.46, 0.014),
@@ -142,13 +134,12 @@ def draw_method(figure):
     axis.plot([450, 450], [30, 285], color=GREY, linewidth=1)
 
 
-def picture(path, height, draw, *of):
-    """Write what `draw` draws on a figure, 9 inches wide."""
+def picture(path, draw, *of):
+    """Write what `draw` draws."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, height), layout="constrained")
+    figure = Figure(figsize=(9, 3), layout="constrained")
     draw(figure, *of)
-    with data.whole_file(path) as f:
-        figure.savefig(f, format=Path(path).suffix[1:], dpi=100)
+    figure.savefig(path, dpi=100)
 
 
 def main(argv=None):
@@ -158,23 +149,20 @@ def main(argv=None):
     add("--group", type=int, default=1, metavar="K", help="seeds of each setting (default: 1)")
     add("--table", action="store_true", help="print the settings' scores as a Markdown table")
     add("--differences", action="store_true", help="print the settings' paired differences")
-    add("--points", metavar="FILE.png", help="draw the scores over the number of training ECGs")
+    add("--points", metavar="FILE.png", help="draw the scores over the fraction trained on")
     add("--method", metavar="FILE.png", help="draw the method; takes no runs")
     args = parser.parse_args(argv)
     if args.method:
-        picture(args.method, 3, draw_method)
-    if not args.runs:
-        return
+        return picture(args.method, draw_method)
     with data.errors_in_one_line("figures.py"):
         classes, scores = scores_of(args.runs)
-        settings = {name: [scores[run] for run in group]
-                    for name, group in settings_of(args.runs, args.group).items()}
+        settings = settings_of(args.runs, scores, args.group)
         if args.table:
             print(*table(settings), sep="\n")
         if args.differences:
             print(*differences(settings, classes), sep="\n")
         if args.points:
-            picture(args.points, 3.6, draw_points, scores)
+            picture(args.points, draw_points, args.runs, scores)
 
 
 if __name__ == "__main__":

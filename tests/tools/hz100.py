@@ -21,10 +21,7 @@ def load_thinned(*args, **options):
     return labels, signals[..., ::5]
 
 
-def main(argv):
-    data.load_records, sys.argv = load_thinned, argv
-    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    data.load_records = load_thinned
+    del sys.argv[0]
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")

@@ -19,34 +19,22 @@ import data
 SETS = {"folds1-7": range(1, 8), "folds8-10": range(8, 11), "folds8-10-tenth": range(8, 11)}
 
 
-def make_subset(source, name, dest):
-    """Write the set `name` as a PTB-XL folder."""
-    path, known = data.read_table(source, "all71")
-    table, chosen = data.read_csv(path, []), []
-    for fold, patient, *cells in zip(known["fold"], known["patient_id"], *table.values()):
-        patient = int(patient or 0)
-        if name == "folds8-10-tenth" and fold == 9 and patient % 10:
-            continue
-        if fold in SETS[name]:
-            new = (10, 9)[patient % 2] if fold == 7 else fold
-            chosen.append({**dict(zip(table, cells)), "strat_fold": new})
-    if not chosen:
-        raise data.InputError(f"{path}: has no record of {name}; wanted the whole of PTB-XL 1.0.3")
+def main(source, name, dest):
+    source, dest = Path(source).resolve(), Path(dest)
+    path, table = data.read_table(source, "all71")
+    folds, patients = table.pop("fold"), map(int, table["patient_id"])
     dest.mkdir(parents=True)
-    with open(dest / data.DATABASE, "w", newline="") as f:
+    with open(dest / path.name, "w", newline="") as f:
         writer = csv.DictWriter(f, list(table))
         writer.writeheader()
-        writer.writerows(chosen)
+        for fold, patient, *cells in zip(folds, patients, *table.values()):
+            left_out = name == "folds8-10-tenth" and fold == 9 and patient % 10
+            if fold in SETS[name] and not left_out:
+                new = (10, 9)[patient % 2] if fold == 7 else fold
+                writer.writerow({**dict(zip(table, cells)), "strat_fold": new})
     shutil.copy(source / data.STATEMENTS, dest)
     (dest / "records500").symlink_to(source / "records500")
 
 
-def main(argv):
-    if len(argv) != 3 or argv[1] not in SETS:
-        sys.exit(__doc__)
-    with data.errors_in_one_line("make_subset.py"):
-        make_subset(Path(argv[0]).resolve(), argv[1], Path(argv[2]))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(*sys.argv[1:])

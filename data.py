@@ -466,7 +466,7 @@ def download(root):
             for member in tqdm(files, "unpack", unit="file", disable=None):
                 z.extract(member, root)     # which checks its CRC
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        Path(root, DATABASE).unlink(missing_ok=True)
+        Path(root, DATABASE).unlink(missing_ok=True)    # it tells of a whole set
         raise InputError(f"{archive}: not PTB-XL's zip, or not all of it ({error}); remove it and "
                          f"run this again, or: wget -c -O {archive} {URL}") from None
     archive.unlink()

@@ -212,7 +212,7 @@ def difference_lines(pair):
                                     pair["macro_auroc_gain_percent"]),
                                    ("AUPRC", pair["macro_auprc_diff"], pair["macro_auprc_diff_ci"],
                                     pair["macro_auprc_gain_percent"])):
-        if diff is not None:
+        if gain is not None:
             lines.append(f"  {name} {diff:+.4f} ({ends[0]:+.4f} to {ends[1]:+.4f}), {gain:+.1f} %")
     most = [f"{name} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}"
             for name, d in pair["classes"].items()]

@@ -65,10 +65,8 @@ def pristine(tmp_path_factory):
 
 @pytest.fixture
 def world(pristine, tmp_path, tiny, monkeypatch):
-    """A copy of it that a test may spoil, as the current folder; large files are linked."""
-    def copy(source, target):
-        return (os.link if source.endswith(("dat", "npy")) else shutil.copy)(source, target)
-    monkeypatch.chdir(shutil.copytree(pristine, tmp_path / "world", copy_function=copy))
+    """A copy of it that a test may spoil, as the current folder."""
+    monkeypatch.chdir(shutil.copytree(pristine, tmp_path / "world"))
 
 
 def snapshot():
@@ -88,11 +86,7 @@ def refused(fails, command, *words):
 # ---------------------------------------------------------------------------- what spoils the world
 
 def changed(path, change):
-    def put():
-        content = change(path.read_bytes())
-        path.unlink()
-        path.write_bytes(content)
-    return put
+    return lambda: path.write_bytes(change(path.read_bytes()))
 
 
 def cell(path, column, value, folds=()):
@@ -221,11 +215,11 @@ def in_checkpoint(save):
     return lambda trick, path: save({**torch.load(path), "x": trick}, path)
 
 
-SAVES = torch.save, partial(torch.save, _use_new_zipfile_serialization=False), pickled
-FILES = (VERIFY, WEIGHTS), (START, WEIGHTS), (RESUME, LAST), (EVALUATE, BEST)
+LEGACY = partial(torch.save, _use_new_zipfile_serialization=False)
 HOSTILE = [     # (command, its file, how a trick gets into that)
-    *((command, path, in_checkpoint(save)) for save in SAVES for command, path in FILES),
-    (SCORE, NPZ, pickled),
+    *((VERIFY, WEIGHTS, in_checkpoint(save)) for save in (torch.save, LEGACY, pickled)),
+    (RESUME, LAST, in_checkpoint(torch.save)), (EVALUATE, BEST, in_checkpoint(torch.save)),
+    (START, WEIGHTS, in_checkpoint(torch.save)), (SCORE, NPZ, pickled),
     (SCORE, NPZ, lambda trick, path: predictions(y_prob=lambda p: np.array([trick], object))()),
 ]
 

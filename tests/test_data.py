@@ -141,8 +141,8 @@ def test_a_killed_build_starts_over(uncached, tmp_path):
     assert len(states) == 2
     for state in states:
         assert not list(state.glob("cache/*.npy")) and temporaries(state)
-        for i, path in enumerate(temporaries(state)):   # of another process, long ago
-            os.utime(path.replace(path.with_suffix(f".{i}")), (0, 0))
+        for path in temporaries(state):     # of another process, long ago
+            os.utime(path.rename(str(path).replace(f".{os.getpid()}.", ".1.")), (0, 0))
         data.main(["--data", str(state), "--preprocess", "raw", "--workers", "1"])
         assert content(state / "cache") == content(uncached / "cache")
 

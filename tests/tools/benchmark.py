@@ -1,9 +1,7 @@
-"""Speed, side by side: the project against the obvious way (plain.py), in turn, on made-up ECGs. A
-figure is the median over rounds of all that a user waits for; both ways give the same numbers
-(test_benchmark.py).
+"""Speed: the project against the obvious way (plain.py), which gives the same numbers, in turn, on
+made-up ECGs. A figure is the median over rounds of all that a user waits for.
 
     python tests/tools/benchmark.py                     # some ten minutes on 2 CPU cores
-    python tests/tools/benchmark.py --rows backbone depth-constant --rounds 9
     python tests/tools/benchmark.py --device cuda --rows steps resident
 """
 import argparse
@@ -12,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -32,12 +30,13 @@ import post_train
 from make_demo import make_demo
 
 
-def row(title, ours, obvious, rounds, n=1):
-    """Call two functions in turn and print their median times in ms for each of n ECGs."""
+def row(title, function, ours, obvious, rounds, n=1):
+    """Call `function` of our and of the obvious way in turn; print both median times in ms for each
+    of n ECGs."""
     times = []
     for way in [ours, obvious] * rounds:
         start = time.perf_counter()
-        way()
+        function(way)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         times.append(1e3 / n * (time.perf_counter() - start))
@@ -55,29 +54,20 @@ class Anew:
         return self.function(rows)
 
 
-@cache
-def made_up_set(root, n=128):
-    """(Labels, their records, read and filtered anew)."""
-    make_demo(root, n)
-    labels = data.load_labels(root, "rhythm12")
-    paths = [root / record for record in labels.record]
-    return labels, Anew(lambda rows: np.stack([plain.read_and_filter(paths[i]) for i in rows]))
-
-
 def signals(args):
-    labels, records = made_up_set(args.root)
-    n = len(labels.row)
+    n = len(args.labels.row)
 
     def build():
         shutil.rmtree(args.root / "cache", ignore_errors=True)
         return data.load_records(args.root, "rhythm12", workers=2)[1]
 
     def epoch(x):
-        split = post_train.Split(x, labels.row, torch.zeros(n, 1))
+        split = post_train.Split(x, args.labels.row, torch.zeros(n, 1))
         return [split.batch(index)[0] for index in post_train.epoch_batches(n, 32, 0)]
 
-    row("building the cache, 2 workers", build, lambda: records[labels.row], args.rounds, n)
-    row("an epoch's signals", partial(epoch, build()), partial(epoch, records), args.rounds, n)
+    row("cache, 2 workers", lambda way: way(), build,
+        lambda: args.records[args.labels.row], args.rounds, n)
+    row("signals of an epoch", epoch, build(), args.records, args.rounds, n)
 
 
 def step(args, drop_path=0.0, mode="constant", dtype="float32", batch=32):
@@ -95,8 +85,8 @@ def step(args, drop_path=0.0, mode="constant", dtype="float32", batch=32):
         F.binary_cross_entropy_with_logits(logits, torch.zeros_like(logits)).backward()
         return [logits.detach(), *(p.grad for p in net.parameters())]
 
-    row(f"step of {batch}, drop path {drop_path} {mode}, {dtype}", partial(passes, ours),
-        partial(passes, obvious), args.rounds, batch)
+    title = f"step of {batch}, drop path {drop_path} {mode}, {dtype}"
+    row(title, passes, ours, obvious, args.rounds, batch)
 
 
 def steps(args, batches=(32, 256)):
@@ -106,63 +96,53 @@ def steps(args, batches=(32, 256)):
 
 def resident(args, n=4096, size=256):
     """An epoch of fine-tuning in fp16, from signals on the device and in the host's memory."""
-    x, y = np.zeros((n, 12, 5000), np.float16), torch.zeros(n, 71, device=args.device)
+    x, y = torch.zeros(n, 12, 5000).half(), torch.zeros(n, 71, device=args.device)
     net = network.ecgfounder(71, drop_path=0.5).to(args.device)
     optimizer, scaler = torch.optim.AdamW(net.parameters()), torch.amp.GradScaler(args.device.type)
-    batches = post_train.epoch_batches(n, size, 0)
+    index = post_train.epoch_batches(n, size, 0)
 
-    def epoch(x):
-        split, rates = post_train.Split(x, np.arange(n), y), [1e-7] * len(batches)
-        return [post_train.train_epoch(net, optimizer, scaler, split, batches, rates,
-                                       amp=torch.float16)]
+    def epoch(signals):
+        split, rates = post_train.Split(signals, np.arange(n), y), [1e-7] * len(index)
+        return post_train.train_epoch(net, optimizer, scaler, split, index, rates, amp=x.dtype)
 
-    on_device = torch.from_numpy(x).to(args.device)
-    row("an epoch, signals on the device", partial(epoch, on_device), partial(epoch, x),
-        args.rounds, n)
+    row("epoch, signals on the device", epoch, x.to(args.device), x.numpy(), args.rounds, n)
 
 
 def training(options, args):
-    """A whole command on 51 ECGs, from the building of the cache to the scores of fold 10; plainly
-    with the other network, signals and features being made anew whenever they are needed."""
-    known = made_up_set(args.root)
-
-    def ours():
-        shutil.rmtree(args.root / "cache", ignore_errors=True)
-        out = tempfile.mkdtemp(dir=args.root)
-        argv = (f"--data {args.root} --task rhythm12 --frac 0.5 --weights none --device cpu "
-                f"--out {out} {options}")
-        with contextlib.redirect_stdout(sys.stderr):
-            post_train.main(argv.split())
-        return out
-
+    """A whole command, from the building of the cache to the scores of fold 10; plainly with the
+    other network, signals and features being made anew whenever they are needed."""
     def features(net, split, amp):
         forward = torch.no_grad()(net.eval().forward_features)
         return split._replace(x=Anew(lambda rows: forward(torch.from_numpy(split.x[rows])).numpy()))
 
-    def obvious():
-        with (patch.object(data, "load_records", lambda *args, **options: known),
-              patch.object(network, "ecgfounder", plain.PlainNet1D),
-              patch.object(post_train, "extract_features", features)):
-            return ours()
+    def train(changes):
+        shutil.rmtree(args.root / "cache", ignore_errors=True)
+        out = tempfile.mkdtemp(dir=args.root)
+        with contextlib.ExitStack() as stack:
+            for change in [contextlib.redirect_stdout(sys.stderr), *changes]:
+                stack.enter_context(change)
+            post_train.main(f"--data {args.root} --task rhythm12 --frac 0.5 --weights none "
+                            f"--device cpu --out {out} {options}".split())
+        return out
 
-    row(f"post_train.py {options}, 51 ECGs", ours, obvious, 1)
+    plainly = (patch.object(data, "load_records", lambda *_, **__: (args.labels, args.records)),
+               patch.object(network, "ecgfounder", plain.PlainNet1D),
+               patch.object(post_train, "extract_features", features))
+    row(f"post_train.py {options}, 51 ECGs", train, (), plainly, 1)
 
 
-def scores(args, n=2198):
+def scores(args):
     """A test fold's macro scores, ours with their intervals."""
-    rng, classes = np.random.default_rng(0), range(71)
-    y, prob = rng.random((n, 71)) < 0.03, rng.random((n, 71))
-    p = {"y_true": y, "y_prob": prob, "classes": classes}
+    def ours(p):
+        return evaluate.report(evaluate.score(p), p)
 
-    def ours():
-        report = evaluate.report(evaluate.score(p), p)
-        return report["macro_auroc"], report["macro_auprc"]
+    def obvious(p):
+        return [np.mean([*map(metric, p["y_true"].T, p["y_prob"].T)])
+                for metric in (roc_auc_score, average_precision_score)]
 
-    def obvious():
-        return [np.mean([score(y[:, c], prob[:, c]) for c in classes])
-                for score in (roc_auc_score, average_precision_score)]
-
-    row(f"scores of {n} ECGs", ours, obvious, args.rounds)
+    y, prob = np.random.default_rng(0).random((2, 2198, 71))
+    p = {"y_true": y < 0.03, "y_prob": prob, "classes": range(71)}
+    row("scores of 71 classes", lambda way: way(p), ours, obvious, args.rounds)
 
 
 ROWS = {
@@ -183,9 +163,13 @@ def main(argv=None):
     parser.add_argument("--device", type=evaluate.pick_device, default="cpu")
     args = parser.parse_args(argv)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n"
-          "| milliseconds, per ECG | ours | the obvious way | ratio |\n| --- | --- | --- | --- |")
+          "| milliseconds (per ECG) | ours | plain | ratio |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         args.root = Path(folder)
+        make_demo(args.root, 128)
+        args.labels = data.load_labels(args.root, "rhythm12")
+        paths = [args.root / record for record in args.labels.record]
+        args.records = Anew(lambda rows: np.stack([plain.read_and_filter(paths[i]) for i in rows]))
         for name in args.rows:
             ROWS[name](args)
 

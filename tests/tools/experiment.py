@@ -1,10 +1,7 @@
-"""Train the rows of RESULTS.md, one run after the other, each with its seeds and fractions; what is
-done is left out, what was interrupted goes on. Options after -- go to every post_train.py.
+"""Train the rows of RESULTS.md in <out>/<row>-<frac>-<seed> and predict fold 10. What is done is
+left out, what was interrupted goes on. Options after -- go to every post_train.py.
 
-    python tests/tools/experiment.py --data target --weights pretrained.pt --seeds 0 1 2
     python tests/tools/experiment.py --data ptbxl --rows probe post --dry-run -- --amp bf16
-
-A run's folder, <out>/<row>-<frac>-<seed>, also gets the predictions of fold 10 for figures.py.
 """
 import argparse
 import subprocess
@@ -22,8 +19,7 @@ ROWS = {            # what each gives post_train.py, in the order in which they 
     "drop-path": "--probe-epochs 0",
     "schedule": "--probe-epochs 0 --drop-path 0 --dropout 0",
     "random-probe": "--epochs 0 --weights none",
-    "community": "--probe-epochs 30 --probe-lr 5e-3 --batch-size 256 --no-interpolate",
-}
+    "community": "--probe-epochs 30 --probe-lr 5e-3 --batch-size 256 --no-interpolate"}
 EPOCHS = {0.1: 30, 0.3: 20, 1.0: 15}    # of fine-tuning, by the fraction
 
 
@@ -45,16 +41,15 @@ def main(argv=None):
         out = Path(args.out, f"{row}-{frac:g}-{seed}")
         if (out / "predictions.npz").exists():
             continue
+        options = f"--frac {frac:g} --seed {seed} --epochs {EPOCHS.get(frac, 30)} {ROWS[row]}"
         train = ["post_train.py", "--data", args.data, "--weights", args.weights, "--task",
-                 args.task, "--out", str(out), *f"--frac {frac:g} --seed {seed} --resume".split(),
-                 *f"--batch-size 32 --epochs {EPOCHS.get(frac, 30)} {ROWS[row]}".split(),
+                 args.task, "--out", str(out), "--resume", "--batch-size", "32", *options.split(),
                  *args.options]     # of an option that stands twice the last counts
         for command in (train, ["evaluate.py", f"{out}/best.pt"]):
             script, *words = ["tests/tools/hz100.py"] * args.hz100 + command
             print("python", script, *words, flush=True)
-            if args.dry_run:
-                continue
-            if subprocess.run([sys.executable, str(ROOT / script), *words]).returncode:
+            command = [sys.executable, ROOT / script, *words]
+            if not args.dry_run and subprocess.run(command).returncode:
                 sys.exit(f"experiment.py: {out} has failed; the same command goes on")
 
 

@@ -1,12 +1,9 @@
 """Tables and pictures of README and RESULTS.md from the folders of finished runs, K seeds of each
-setting one after the other. Computes every interval anew, from each run's predictions.npz.
+setting, whose means are compared. Computes every interval anew, from predictions.npz.
 
     python tests/tools/figures.py --group 3 --table --differences runs/{baseline,post}-1-{0,1,2}
     python tests/tools/figures.py --points points.png runs/{baseline,post}-{0.1,1}-{0,1,2}
     python tests/tools/figures.py --method method.png
-
-Table: the seeds' mean, with its 95 % interval over the test patients, and standard deviation.
-Differences: of the seeds' means. Points: mean and range.
 """
 import argparse
 import sys
@@ -14,6 +11,8 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data
@@ -23,25 +22,12 @@ INK, GREY, BLUE, ORANGE = "#333333", "#b9bec6", "#4c8fc4", "#e08a2e"
 
 
 def scores_of(runs):
-    """Folders -> the classes of their predictions, the evaluate.Scores of each."""
+    """Folders of the same records' predictions -> their classes, the evaluate.Scores of each."""
     found = [evaluate.load_predictions(f"{run}/predictions.npz") for run in runs]
     classes = evaluate.shared_classes(runs, [[*p["classes"]] for p in found])
     found = [evaluate.in_order(run, p, found[0]["ecg_id"], classes) for run, p in zip(runs, found)]
-    for run, p in zip(runs, found):
-        if (p["y_true"] != found[0]["y_true"]).any():
-            raise data.InputError(f"{run}: its labels are not those of {runs[0]}")
-    return classes, [evaluate.score({**p, "patient_id": found[0]["patient_id"]}) for p in found]
-
-
-def settings_of(runs, scores, size):
-    """{name of a setting: Scores of its seeds}: `size` consecutive runs, whose names differ in the
-    seed at the end alone."""
-    names, settings = [run.rpartition("-")[0] if size > 1 else run for run in runs], {}
-    for name, s in zip(names, scores):
-        settings.setdefault(name, []).append(s)
-    if {*map(len, settings.values())} != {size}:
-        raise data.InputError(f"--group {size}: {', '.join(runs)}; wanted {size} seeds of each")
-    return settings
+    assert all((p["y_true"] == found[0]["y_true"]).all() for p in found), "the labels differ"
+    return classes, list(map(evaluate.score, found))
 
 
 def mean(seeds):
@@ -51,8 +37,9 @@ def mean(seeds):
 
 
 def table(settings):
-    """Lines of a Markdown table."""
-    lines = ["| run | AUROC | AUPRC | seeds |", "| --- | --- | --- | --- |"]
+    """Print the seeds' mean scores in Markdown, with 95 % intervals over the test patients, and the
+    standard deviations of the seeds."""
+    print("| run | AUROC | AUPRC | seeds |\n| --- | --- | --- | --- |")
     for name, seeds in settings.items():
         s, macros = mean(seeds), [evaluate.macro(seed.point) for seed in seeds]
         point = np.mean(macros, 0)
@@ -60,14 +47,7 @@ def table(settings):
         cells = ["{:.3f} ({:.3f} to {:.3f})".format(p, *e) for p, e in zip(point, ends)]
         if len(seeds) > 1:
             cells = [f"{cell} ± {sd:.3f}" for cell, sd in zip(cells, np.std(macros, 0, ddof=1))]
-        lines.append(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
-    return lines
-
-
-def differences(settings, classes):
-    """The paired differences of all settings as lines."""
-    return [line for a, b in combinations(settings, 2) for line in evaluate.difference_lines(
-        {"a": a, "b": b, **evaluate.difference(mean(settings[a]), mean(settings[b]), classes)})]
+        print(f"| {name} | {' | '.join(cells)} | {len(seeds)} |")
 
 
 def draw_points(figure, runs, scores):
@@ -92,29 +72,24 @@ def draw_points(figure, runs, scores):
 
 def draw_stage(axis, left, title, note, color, skipped):
     """One stage: ECG, a backbone of six blocks and a head, classes."""
-    from matplotlib.patches import FancyBboxPatch
     t = np.linspace(0, 1, 200)
     waves = ((7, 0.2, 0.035), (-8, 0.38, 0.012), (46, 0.42, 0.014), (-15, 0.46, 0.014),
              (12, 0.7, 0.055))      # of a made-up beat: height, place, width
     beat = sum(a * np.exp(-((t - c) / w) ** 2 / 2) for a, c, w in waves)
     axis.plot(left + 4 + 74 * t, 150 + beat, color=INK, linewidth=1.3)
-    arrows = [(82, 104)]
-    for i, x in enumerate(range(104, 356, 36)):
+    axis.annotate("", (left + 364, 150), (left + 82, 150), zorder=0, arrowprops={
+        "arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0})
+    for i, x in enumerate(range(left + 104, left + 356, 36)):
         height, face, line = (90, "white", ":") if i in skipped else (90, color, "-")
         if i == 6:
             height, face = 56, ORANGE
-        axis.add_patch(FancyBboxPatch((left + x, 150 - height / 2), 22, height, "round,pad=0,"
+        axis.add_patch(FancyBboxPatch((x, 150 - height / 2), 22, height, "round,pad=0,"
                                       "rounding_size=4", fc=face, ec=INK, ls=line))
         if i in skipped:
-            around = left + x + np.array([-14, -7, -7, 29, 29])
-            axis.plot(around, [150, 150, 210, 210, 150], color=INK, linewidth=1.2)
-        if i + 1 not in skipped:
-            arrows.append((x + (29 if i in skipped else 22), x + 36))
+            axis.plot([x - 7, x + 29], [150, 150], color="white", linewidth=3, zorder=0.5)
+            axis.plot([x - 7, x - 7, x + 29, x + 29], [150, 210, 210, 150], color=INK)
         if face == GREY:
-            axis.text(left + x + 5, 144, "❄", fontsize=13, color="white")
-    for start, end in arrows:
-        axis.annotate("", (left + end, 150), (left + start, 150), arrowprops={
-            "arrowstyle": "-|>", "color": INK, "mutation_scale": 9, "shrinkA": 0, "shrinkB": 0})
+            axis.text(x + 5, 144, "❄", fontsize=13, color="white")
     for x, y, text, size in ((41, 102, "12-lead ECG", 9.5), (331, 102, "head", 9.5),
                              (205, 42, note, 10.5), (216, 268, title, 12.5)):
         axis.text(left + x, y, text, ha="center", fontsize=size, linespacing=1.4)
@@ -134,14 +109,6 @@ def draw_method(figure):
     axis.plot([450, 450], [30, 285], color=GREY, linewidth=1)
 
 
-def picture(path, draw, *of):
-    """Write what `draw` draws."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 3), layout="constrained")
-    draw(figure, *of)
-    figure.savefig(path, dpi=100)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
@@ -152,17 +119,26 @@ def main(argv=None):
     add("--points", metavar="FILE.png", help="draw the scores over the fraction trained on")
     add("--method", metavar="FILE.png", help="draw the method; takes no runs")
     args = parser.parse_args(argv)
+    figure, settings = Figure(figsize=(9, 3), layout="constrained"), {}
     if args.method:
-        return picture(args.method, draw_method)
+        draw_method(figure)
+        return figure.savefig(args.method)
     with data.errors_in_one_line("figures.py"):
         classes, scores = scores_of(args.runs)
-        settings = settings_of(args.runs, scores, args.group)
+        for run, s in zip(args.runs, scores):
+            name = run.rpartition("-")[0] if args.group > 1 else run
+            settings.setdefault(name, []).append(s)
+        if {*map(len, settings.values())} != {args.group}:
+            raise data.InputError(f"--group {args.group}: wanted {args.group} seeds of each of "
+                                  f"{', '.join(settings)}")
         if args.table:
-            print(*table(settings), sep="\n")
-        if args.differences:
-            print(*differences(settings, classes), sep="\n")
+            table(settings)
+        for a, b in combinations(settings, 2) if args.differences else ():
+            pair = evaluate.difference(mean(settings[a]), mean(settings[b]), classes)
+            print(*evaluate.difference_lines({"a": a, "b": b, **pair}), sep="\n")
         if args.points:
-            picture(args.points, draw_points, args.runs, scores)
+            draw_points(figure, args.runs, scores)
+            figure.savefig(args.points)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@ band-pass to 40 Hz allows: a fifth of the arithmetic. The checkpoints are of use
 alone, and ECGFounder's weights, which are of 500 Hz, are not for it.
 
     python tests/tools/hz100.py post_train.py --data target --task all71 --weights none
-    python tests/tools/hz100.py evaluate.py runs/all71-frac1-post-seed0/best.pt
 """
 import runpy
 import sys

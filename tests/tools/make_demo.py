@@ -46,18 +46,9 @@ EFFECTS = {
     "LVH": {"R": (0, 1.1, 2.2, 0), "S": (0, 1.1, 2, 0), "T": (0, 1, -0.6, 0)},
     "IMI": {"Q": (-0.005, 1.8, 1, (0.1, -0.9, 0)), "T": (0, 1, 1, (0, -0.5, 0))},
     "ASMI": {"Q": (-0.005, 1.8, 0, (0.1, 0, -1)), "T": (0, 1, 1, (0, 0, -0.5))},
-    "LAFB": {"R": (0, 1, 1, (0.1, -1.5, 0))}, "LNGQT": {"T": (0.12, 1.3, 1, 0)},
-}
+    "LAFB": {"R": (0, 1, 1, (0.1, -1.5, 0))}, "LNGQT": {"T": (0.12, 1.3, 1, 0)}}
 FORMS = {"INVT": {"T": (0, 1, -1.2, 0)}, "LVOLT": {wave: (0, 1, 0.35, 0) for wave in "QRS"},
          "LPR": {"P": (-0.09, 1, 1, 0)}}
-
-
-def draw_labels(rng):
-    """Statements: a diagnosis, perhaps a form, a rhythm."""
-    rhythm = rng.choice(list(RHYTHMS), p=list(RHYTHMS.values()))
-    shape = rng.choice(list(EFFECTS), p=[0.3] + [0.7 / 8] * 8)
-    form = [rng.choice(list(FORMS))] if rng.random() < 0.3 else []
-    return list(map(str, [shape, *form, rhythm]))
 
 
 def draw_beats(rhythm, rng):
@@ -99,7 +90,11 @@ def draw_ecg(labels, rng):
 def write_ecg(dest, ecg_id, rng):
     """Draw a record and write it; returns its row of ptbxl_database.csv."""
     import wfdb
-    labels, place = draw_labels(rng), f"{ecg_id // 1000 * 1000:05d}/{ecg_id:05d}"
+    rhythm = rng.choice(list(RHYTHMS), p=list(RHYTHMS.values()))
+    shape = rng.choice(list(EFFECTS), p=[0.3] + [0.7 / 8] * 8)
+    form = [rng.choice(list(FORMS))] if rng.random() < 0.3 else []
+    labels = list(map(str, [shape, *form, rhythm]))
+    place = f"{ecg_id // 1000 * 1000:05d}/{ecg_id:05d}"
     path, patient = dest / f"records500/{place}_hr", ecg_id - ecg_id // 4   # 1 2 3 3 4 5 6 6 ...
     path.parent.mkdir(parents=True, exist_ok=True)
     wfdb.wrsamp(path.name, fs=500, units=["mV"] * 12, sig_name=NAMES, fmt=["16"] * 12,
@@ -112,8 +107,7 @@ def write_ecg(dest, ecg_id, rng):
 
 
 def make_demo(dest, records=400, seed=0):
-    """Write the set into the folder `dest`. Two thirds of the patients have one record, one third
-    two; folds are by patient."""
+    """Write the set into the folder `dest`. A third of the patients have two records."""
     dest, rng, flags = Path(dest), np.random.default_rng(seed), {}
     for entry in DIAGNOSTIC.split():
         group, subclass, *codes = entry.split(":")
@@ -134,6 +128,4 @@ if __name__ == "__main__":
     parser.add_argument("dest", help="folder to write")
     parser.add_argument("--records", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    make_demo(args.dest, args.records, args.seed)
-    print(f"{args.dest}: {args.records} synthetic ECGs")
+    make_demo(**vars(parser.parse_args()))

@@ -1,12 +1,10 @@
 """Make the sets of RESULTS.md's experiment out of PTB-XL 1.0.3, as folders of links to its signals.
 
-    python tests/tools/make_subset.py ptbxl folds1-7 pretrain         # 15,245 ECGs to pretrain on
-    python tests/tools/make_subset.py ptbxl folds8-10 target          # 6,554 ECGs to post-train on
-    python tests/tools/make_subset.py ptbxl folds8-10-tenth tenth     # a tenth to validate on
+    python tests/tools/make_subset.py ptbxl folds1-7 pretrain
 
-folds8-10 trains on PTB-XL's fold 8, validates on 9 and tests on 10; of folds8-10-tenth only the
-patients whose number ends in 0 validate. folds1-7 trains on 1 to 6; of fold 7 the patients with an
-odd number validate and the others test, as folds 9 and 10. PTB-XL's folds share no patient.
+folds8-10 (6,554 ECGs) trains on PTB-XL's fold 8, validates on 9 and tests on 10; of its variant
+folds8-10-tenth only the patients whose number ends in 0 validate. folds1-7 (15,245) trains on 1 to
+6; of fold 7 the patients with an odd number validate and the others test, as folds 9 and 10.
 """
 import csv
 import shutil
@@ -28,8 +26,9 @@ def main(source, name, dest):
         writer = csv.DictWriter(f, list(table))
         writer.writeheader()
         for fold, patient, *cells in zip(folds, patients, *table.values()):
-            left_out = name == "folds8-10-tenth" and fold == 9 and patient % 10
-            if fold in SETS[name] and not left_out:
+            if name == "folds8-10-tenth" and fold == 9 and patient % 10:
+                continue
+            if fold in SETS[name]:
                 new = (10, 9)[patient % 2] if fold == 7 else fold
                 writer.writerow({**dict(zip(table, cells)), "strat_fold": new})
     shutil.copy(source / data.STATEMENTS, dest)

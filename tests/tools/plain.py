@@ -28,10 +28,9 @@ def convolve(x, layer, stride=1, groups=1):
 
 def mask(x, drop_path):
     """n / kept for the samples that keep their branch, drawn at random, 0 for the others."""
-    n = len(x)
+    n, scale = len(x), x.new_zeros(len(x), 1, 1)
     kept = max(1, math.floor((1 - drop_path) * n + 0.5))
     index = torch.randperm(n, device=x.device)[:kept] if kept < n else slice(n)
-    scale = x.new_zeros(n, 1, 1)
     scale[index] = n / kept
     return scale
 

@@ -420,7 +420,8 @@ def whole_file(path):
             os.fsync(f.fileno())    # so that a power failure leaves no empty file under the name
         os.replace(part, path)
     except OSError as error:
-        error.filename = error.filename or str(path)    # a full disk names none
+        if error.filename in (None, str(part), part):   # a full disk names none
+            error.filename = str(path)
         raise
     finally:
         part.unlink(missing_ok=True)

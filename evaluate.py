@@ -227,10 +227,11 @@ def write_json(path, value):
 # -------------------------------------------------------------------------------------- predictions
 
 def take(x, rows, device):
-    """x[rows] in float32 on the device; x: the cache's memory map, or a tensor on the device."""
+    """x[rows] in float32 on the device, without waiting for a busy GPU; x: the cache's memory map,
+    or a tensor on the device."""
     if isinstance(x, torch.Tensor):
-        return x.index_select(0, torch.from_numpy(rows).to(device)).float()
-    return torch.from_numpy(x[rows]).to(device).float()
+        return x.index_select(0, torch.from_numpy(rows).to(device, non_blocking=True)).float()
+    return torch.from_numpy(x[rows]).to(device, non_blocking=True).float()
 
 
 def infer(forward, x, rows, device, amp=None):

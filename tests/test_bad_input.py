@@ -150,12 +150,12 @@ SPOILED = [     # (command, what the line names, what spoils)
     (RESUME, f"{LAST}, records was, same", cell(DATABASE, "scp_codes", "{'IMI': 100.0}")),
     (EVALUATE, f"{BEST}, train first", partial(shutil.copy, WEIGHTS, BEST)),
     (f"{EVALUATE} --task {TABLE}", f"{TABLE}, no class in common", replaced(TABLE, b"NORM", b"AF")),
-    (SCORE, f"{NPZ}, y_prob", predictions(y_prob=lambda p: None)),
     (SCORE, f"{NPZ}, 0 to 1", predictions(y_prob=lambda p: np.where(p == p.max(), np.nan, p))),
     (SCORE, f"{NPZ}, wanted", predictions(patient_id=lambda old: old[0])),
     (SCORE, f"{NPZ}, wanted", changed(NPZ, lambda old: old[:60] + b"\xff" * 40 + old[100:])),
     (SCORE, f"{NPZ}, 0 and 1", predictions(y_true=lambda y: y * 2)),
     (COMPARE, "o.npz, ecg_id", predictions("o.npz", ecg_id=lambda old: None)),
+    (COMPARE, "o.npz, ecg_id", predictions("o.npz", ecg_id=lambda old: old + 1)),
     (COMPARE, "o.npz, same labels", predictions("o.npz", y_true=lambda y: 1 - y)),
 ]
 OPTIONS = [     # (command, what the line names)

@@ -62,7 +62,7 @@ def slopes_by_sklearn(y, prob, step=1e-5):
     return slopes
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(CASES)
 def test_slopes_equal_differences_of_scikit_learn(case):
     found = evaluate.areas_and_slopes(*case)[1]

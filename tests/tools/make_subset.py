@@ -20,19 +20,20 @@ SETS = {"folds1-7": range(1, 8), "folds8-10": range(8, 11), "folds8-10-tenth": r
 def main(source, name, dest):
     source, dest = Path(source).resolve(), Path(dest)
     path, table = data.read_table(source, "all71")
-    folds, patients = table.pop("fold"), map(int, table["patient_id"])
+    folds, labels = table.pop("fold"), data.load_labels(source, "all71", unlabelled=True)
     dest.mkdir(parents=True)
     with open(dest / path.name, "w", newline="") as f:
         writer = csv.DictWriter(f, list(table))
         writer.writeheader()
-        for fold, patient, *cells in zip(folds, patients, *table.values()):
+        for fold, patient, *cells in zip(folds, labels.patient_id, *table.values()):
             if name == "folds8-10-tenth" and fold == 9 and patient % 10:
                 continue
             if fold in SETS[name]:
                 new = (10, 9)[patient % 2] if fold == 7 else fold
                 writer.writerow({**dict(zip(table, cells)), "strat_fold": new})
     shutil.copy(source / data.STATEMENTS, dest)
-    (dest / "records500").symlink_to(source / "records500")
+    for folder in source.glob("records*"):
+        (dest / folder.name).symlink_to(folder)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS)[:-2],
                         help="default: all but the last two, which are for a GPU")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", type=evaluate.pick_device, default="cpu")
     args = parser.parse_args(argv)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n\n"

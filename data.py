@@ -53,13 +53,24 @@ DATABASE, STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
 NOT_CLASSES = ("record", "ecg_id", "patient_id", "fold")    # of a custom table's columns
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 FOLDS = {f"{fold}{end}": fold for fold in range(1, 11) for end in ("", ".0")}
-UNKNOWN = r"(nan?|n/a|<na>|none|null|-\d+(\.0)?)?"      # patient_id: each record is its own
+UNKNOWN = r"(nan?|n/a|<na>|none|null|unk(nown)?|anonym\w*|[-?.]+|0+|-\d+(\.0)?)?"     # patient_id
 PREPROCESSING = ("filter", "zscore", "raw")
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
-MICROVOLTS = rb"/(\xc2\xb5|\xce\xbc|\xb5)[vV]"  # micro sign or Greek mu, in UTF-8 or Latin-1
 MAX_MILLIVOLTS = 1e4            # an ECG's amplitude is about 1; the largest float16 is 65504
+LEAD_OF = {lead.lower(): lead for lead in LEADS} | {    # "DII" and "D2" are lead II
+    f"d{name}": lead for lead in LEADS[:3] for name in (lead.lower(), str(len(lead)))}
+DERIVED = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I, II
+RECORD_LINE = {     # the first cells of a WFDB header's lines: regular expressions of what is legal
+    "record's name": r"[-\w]+(/\d+)?", "number of signals": r"\d+", "rate": r"\d+(\.\d*)?(/\S+)?",
+    "number of samples": r"0*[1-9]\d*", "time": r"((([01]?\d|2[0-3]):)?[0-5]?\d:)?[0-5]?\d(\.\d+)?",
+    "date": r"(0?[1-9]|[12]\d|3[01])/(0?[1-9]|1[0-2])/\d{4}"}
+SIGNAL_LINE = {"file": r"~?[-\w]*(\.\w*)?", "format": r"\d+(x\d+)?(:\d+)?(\+\d+)?",
+               "gain": r"(-?\d*\.?\d*(e[+-]?\d+)?(\(-?\d+\))?(/\S*)?)?"}
+SIGNAL_CELLS = r"(\S+)\s*(\S*)\s*([-+.\d]\S*)?((?:\s+-?\d+){0,5})\s*(.*)"
+MATLAB_5 = b"MATLAB 5.0"        # how its files begin
+CHECKED_SECONDS = 60            # longer records are read in parts, and no checksum is compared
 MIN_FS, MAX_FS = 50, 100_000    # Hz, limits for resampling
-LAYOUT = 5          # version of the cache; those of other versions are not used
+LAYOUT = 6          # version of the cache; those of other versions are not used
 URL = ("https://physionet.org/static/published-projects/ptb-xl/"
        "ptb-xl-a-large-publicly-available-electrocardiography-dataset-1.0.3.zip")
 
@@ -134,23 +145,29 @@ def is_own(task):
 
 
 def read_csv(path, needed):
-    """A csv file with a header -> {column: its cells, without spaces around them}."""
-    names, rows, problem = [], [], ""
+    """A csv file with a header -> {column: its cells, without spaces around them}; columns that
+    have neither a name nor a cell, and Excel's first line `sep=,`, are left out."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            names, *rows = [[cell.strip() for cell in row] for row in csv.reader(f) if row] or [[]]
+            mark = re.match(r'"?sep=(.)', f.readline())
+            f.seek(0)
+            rows = csv.reader(f, delimiter=mark[1] if mark else ",")
+            rows = [[cell.strip() for cell in row] for row in rows if any(row)][bool(mark):]
+        names, *rows = rows or [[]]
         ragged = [i for i, row in enumerate(rows, 2) if len(row) != len(names)]
-        if not rows or len({*names}) < len(names) or not {*needed} <= {*names} or ragged:
-            problem = (f"has {len(rows)} rows, and the columns {', '.join(names)[:200]}; wanted "
-                       f"{', '.join(map(repr, needed))}, and none twice")
-            problem = f"row {ragged[0]} does not have {len(names)} cells" if ragged else problem
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        problem = f"not a csv file in UTF-8 ({getattr(error, 'strerror', None) or error})"
-    if problem and path.name in (DATABASE, STATEMENTS):
-        problem += f"; `python data.py --download --data {path.parent}` fetches PTB-XL"
-    if problem:
-        raise InputError(f"{path}: {problem}")
-    return dict(zip(names, zip(*rows)))
+        if ragged:
+            raise InputError(f"row {ragged[0]} does not have {len(names)} cells")
+        columns = [(name, cells) for name, cells in zip(names, zip(*rows)) if name or any(cells)]
+        if not rows or len(dict(columns)) < len(columns) or not {*needed} <= {*names}:
+            raise InputError(f"has {len(rows)} rows, and the columns {', '.join(names)[:200]}; "
+                             f"wanted {', '.join(map(repr, needed))}, and none twice")
+    except (OSError, ValueError, csv.Error) as error:
+        problem = error if isinstance(error, InputError) else f"not a csv file in UTF-8 ({error})"
+        remedy = "a table that has moved, or another one, is given with --task"
+        if path.name in (DATABASE, STATEMENTS):
+            remedy = f"`python data.py --download --data {path.parent}` fetches PTB-XL"
+        raise InputError(f"{path}: {problem}; {remedy}") from None
+    return dict(columns)
 
 
 def translate(path, column, cells, values, wanted):
@@ -209,7 +226,8 @@ def own_classes(path, table):
     if not classes or "" in classes:
         raise InputError(f"{path}: wanted, besides {known}, a column of 0 and 1 for each class, "
                          "with its name (pandas: to_csv(..., index=False))")
-    wanted = f"0 or 1, as every column is a class except {known}"
+    wanted = (f"0 or 1, as every column is a class except {known}; leave out records whose label is "
+              "unknown, and give each of exclusive classes its own column")
     y = [translate(path, name, table[name], LABELS, wanted) for name in classes]
     return np.array(y, np.uint8).T, classes
 
@@ -234,28 +252,119 @@ def parse_leads(text):
     return tuple(lead for lead in LEADS if lead.lower() in asked)
 
 
-def read_record(path, leads=LEADS):
-    """A WFDB record (path without extension) -> float32 (leads, n) in millivolts, and its sampling
-    rate in Hz. Leads are found by name, whatever their case and order; other units of voltage are
-    converted; missing samples are NaN. Raises what wfdb raises, and InputError for a record without
-    samples or a lead, or in a unit that is no voltage."""
-    import wfdb
-    record = wfdb.rdrecord(str(path))
-    units = record.units
-    if re.search(MICROVOLTS, Path(f"{path}.hea").read_bytes()):     # wfdb drops the micro sign
-        units = ["uV" if unit in ("V", "v") else unit for unit in units]
-    if record.p_signal is None or not len(record.p_signal):
-        raise InputError(f"{path}: has no samples; wanted an ECG")
-    place = {name.strip().lower(): i for i, name in reversed([*enumerate(record.sig_name)])}
-    missing = [lead for lead in leads if lead.lower() not in place]
+def lead_called(name):
+    """The lead that a signal's name means, such as "MDC_ECG_LEAD_III" or "D3"; else the name."""
+    short = re.sub(r"^(mdc_)?(e[ck]g)?[ _.:]*(lead)?[ _.:]*", "", name.strip().lower())
+    return LEAD_OF.get(short, name.strip())
+
+
+def header_lines(path):
+    """The lines of a WFDB header but comments, in cells: the record's, then one for each segment or
+    signal (file, format, gain, numbers, name). Raises InputError for what wfdb cannot read."""
+    text = Path(f"{path}.hea").read_bytes().decode("utf-8", "surrogateescape")
+    found = []
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        if not line or line.startswith("#"):
+            continue
+        cells, forms = line.split(), {} if found else RECORD_LINE
+        if found and "/" not in found[0][0]:
+            cells, forms = re.match(SIGNAL_CELLS, line).groups(""), SIGNAL_LINE
+        for cell, (part, form) in zip(cells, forms.items()):
+            if not re.fullmatch(form, cell):
+                raise InputError(f"{path}.hea: line {number}: the {part} is {cell!r}; wanted it as "
+                                 "in WFDB's specification")
+        found.append(cells)
+    return found
+
+
+class Signal(NamedTuple):
+    """What a line of a header says of a signal."""
+    place: int          # among the record's signals
+    per_frame: int      # samples in a frame
+    unit: str           # of voltage, in lower case, with u for micro
+    checksum: int       # sum of all its samples modulo 65536; 0 if unknown
+
+
+class Header(NamedTuple):
+    frame_rate: float   # Hz
+    frames: int         # None if unknown
+    segmented: bool
+    signals: dict       # by lead, or by name if it is none: Signal
+
+
+def segments_of(path):
+    """Paths of the segments of a WFDB record, [] if it has none."""
+    record, *lines = header_lines(path)
+    names = dict.fromkeys(cells[0] for cells in lines if "/" in record[0] and cells[0] != "~")
+    return [Path(path).with_name(name) for name in names]
+
+
+def read_header(path):
+    """The Header of a WFDB record. Raises InputError for one that cannot be read."""
+    record, segments, signals = header_lines(path)[0], segments_of(path), {}
+    # The first segment has all signals: it is like the others, or a layout for them.
+    for part in segments or [path]:
+        for i, (file, form, gain, numbers, name) in enumerate(header_lines(part)[1:]):
+            if file.endswith(".mat") and Path(part).with_name(file).open("rb").read(10) == MATLAB_5:
+                raise InputError(f"{path}: {file} is a MATLAB 5 file; wanted MATLAB 4, as by "
+                                 "scipy.io.savemat(..., format='4')")
+            # wfdb drops the micro sign, whatever its encoding.
+            unit = re.sub(r"[^!-~]+(?=v$)", "u", gain.partition("/")[2].lower()) or "mv"
+            per_frame = re.search(r"x(\d+)|$", form)[1]
+            checksum = 0 if segments or ":" in form else [*numbers.split(), 0, 0, 0, 0][3]
+            signal = Signal(i, int(per_frame or 1), unit, int(checksum) % 65536)
+            if signals.setdefault(lead_called(name), signal).unit != unit:
+                raise InputError(f"{path}: {name} is in {unit} in a part of it; wanted one unit")
+    frame_rate = float(record[2].partition("/")[0]) if len(record) > 2 else 250.0
+    frames = int(record[3]) if len(record) > 3 else None
+    return Header(frame_rate, frames, bool(segments), signals)
+
+
+def find_leads(path, header, leads):
+    """({lead: Signal} to read, the leads that follow from I and II). Raises InputError for a record
+    without a lead, in a unit that is no voltage, or with leads of different rates."""
+    derived = [lead for lead in leads if lead in DERIVED and lead not in header.signals]
+    needed = dict.fromkeys([*leads, *("I", "II") * bool(derived)])
+    wanted = {lead: header.signals.get(lead) for lead in needed if lead not in derived}
+    missing = [lead for lead, signal in wanted.items() if signal is None]
     if missing:
-        raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(record.sig_name)}); "
-                         f"wanted {', '.join(leads)}; --leads trains on fewer")
-    rows = [place[lead.lower()] for lead in leads]
-    scale = [MILLIVOLTS.get(units[i].strip().lower()) for i in rows]
-    if None in scale:
-        raise InputError(f"{path}: is in {', '.join(units)}; wanted mV, uV, nV or V")
-    return (record.p_signal[:, rows] * np.array(scale)).T.astype(np.float32), float(record.fs)
+        raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(header.signals)}); "
+                         f"wanted {', '.join(leads)}; if one has another name, rename it in the "
+                         ".hea")
+    units, rates = ({signal[i] for signal in wanted.values()} for i in (2, 1))
+    if units - {*MILLIVOLTS} or len(rates) > 1:
+        raise InputError(f"{path}: has leads in {', '.join(units)}, at {len(rates)} rates; wanted "
+                         "mV, uV, nV or V, and one rate")
+    return wanted, derived
+
+
+def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
+    """A WFDB record (path without extension) -> float32 (leads, n) in millivolts, and its sampling
+    rate in Hz; `seconds` of it, from `start` on. Leads are found by name, in any order; III, aVR,
+    aVL and aVF may follow from I and II. Other units are converted; missing samples are NaN. Raises
+    what wfdb raises, and InputError for a record whose leads, units or checksums are not right."""
+    import wfdb
+    header = header or read_header(path)
+    wanted, derived = find_leads(path, header, leads)
+    per_frame, rate = next(iter(wanted.values())).per_frame, header.frame_rate
+    first, last, end = 0, None, header.frames or 0
+    whole = seconds is None or end <= CHECKED_SECONDS * rate
+    if not whole:
+        first, last = int(start * rate), min(end, math.ceil((start + seconds) * rate))
+    record = wfdb.rdrecord(str(path), first, last, [signal.place for signal in wanted.values()],
+                           physical=header.segmented, smooth_frames=False)
+    if whole and not header.segmented:
+        for (lead, signal), samples in zip(wanted.items(), record.e_d_signal):
+            if signal.checksum not in (0, samples.sum() % 65536):
+                raise InputError(f"{path}: lead {lead} has other samples than its header's checksum"
+                                 " says; wanted the signal file that belongs to the header")
+    samples = record.e_p_signal if header.segmented else record.dac(expanded=True)
+    volts = {lead: MILLIVOLTS[wanted[lead].unit] * x for lead, x in zip(wanted, samples)}
+    for lead in derived:
+        volts[lead] = DERIVED[lead][0] * volts["I"] + DERIVED[lead][1] * volts["II"]
+    x, fs = np.stack([volts[lead] for lead in leads]).astype(np.float32), rate * per_frame
+    start = round(start * fs) - first * per_frame
+    return x[:, start:None if seconds is None else start + math.ceil(seconds * fs)], fs
 
 
 def preprocess(signal, fs, how="filter"):
@@ -309,35 +418,61 @@ def remove_noise(x):
     return x - [ndimage.median_filter(lead, 201, mode="constant") for lead in x]
 
 
-def load_windows(path, how="filter", leads=LEADS, windows=None):
-    """The consecutive 10 s windows of a record -> float16 (windows, leads, 5000), `windows` at
-    most; the cache holds the first. A remainder of less than 10 s is dropped, unless it is all
-    there is."""
-    signal, fs = read_record(path, leads)
-    whole = max(1, int(signal.shape[1] / fs / 10 + 1e-6))
-    starts = [round(10 * fs * i) for i in range(min(whole, windows or whole))]
-    return np.stack([preprocess(signal[:, i:], fs, how).astype(np.float16) for i in starts])
-
-
-def try_record(root, how, leads, record, windows=1):
-    """(`load_windows`, None), or (None, why the record cannot be read)."""
-    path = Path(root, record)
+def load_windows(path, how="filter", leads=LEADS):
+    """Yield the consecutive 10 s windows of a record in which a lead has a signal: float16 (leads,
+    5000), and notes: how many windows the record has, what this one lacks, which leads were
+    derived. The cache holds the first of them. A remainder of less than 10 s is dropped, unless it
+    is all there is. Raises InputError for a record that cannot be read, or has no such window."""
     try:
-        return load_windows(path, how, leads, windows), None
+        header, empty = read_header(path), True
+        derived = ", ".join(find_leads(path, header, leads)[1])
+        seconds = header.frames / header.frame_rate if header.frames else 0
+        n = max(1, int(seconds / 10 + 1e-6))
+        for i in range(n):
+            signal, fs = read_record(path, leads, 10 * i, 11, header)
+            lacking = what_lacks(signal[:, :math.ceil(10 * fs)], fs, leads)
+            if lacking is not None:
+                empty = False
+                window = preprocess(signal, fs, how).astype(np.float16)
+                yield window, {"windows": n, "lacking": lacking, "derived": derived}
+        if empty:
+            raise InputError(f"{path}: has no signal: its leads are missing or flat")
+    except InputError:
+        raise
     except Exception as error:  # wfdb raises almost anything for a malformed header or short file
-        why = f"{type(error).__name__}: {error}" if not isinstance(error, InputError) else error
-        return None, " ".join(f"{path}: cannot be read as a WFDB record, which is a .hea header and"
-                              f" the signal file that it names ({why})".split())
+        raise InputError(" ".join(
+            f"{path}: cannot be read as a WFDB record, which is a .hea header and the signal file "
+            f"that it names ({type(error).__name__}: {error})".split())) from None
+
+
+def what_lacks(signal, fs, leads):
+    """What a window lacks, in words: a tenth or more of its samples, or whole leads; None if no
+    lead has a second of samples that are not all the same."""
+    known = ~np.isnan(signal)
+    range_ = np.where(known, signal, -np.inf).max(1) - np.where(known, signal, np.inf).min(1)
+    alive = (known.sum(1) >= fs) & (range_ > 1e-6)
+    if not alive.any():
+        return None
+    if known.mean() < 0.9:
+        return f"{100 * (1 - known.mean()):.0f} % of its samples"
+    return ", ".join(lead for lead, lives in zip(leads, alive) if not lives)
 
 
 # -------------------------------------------------------------------------------------------- cache
 
+NOTES = {   # what the .json beside a cache lists, and what it says of a record
+    "unreadable": "cannot be used and are left out",
+    "lacking": "lack whole leads, or a tenth or more of their samples",
+    "derived": "have leads that were derived from I and II"}
+
+
 def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unreadable=False,
                 wait=False):
-    """Preprocess `records` (paths relative to `root`) once -> (path of the array, {record: why it
-    cannot be read}), at once if it is there. The .json beside it says what it is made of.
+    """Preprocess `records` (paths relative to `root`) once -> (path of the array, what its .json
+    says), at once if it is there. The .json says what the array is made of, and has, for each of
+    NOTES, {record: in words}.
 
-    Records that cannot be read raise InputError, once all others are cached, unless
+    Records that cannot be used raise InputError, once all others are cached, unless
     `skip_unreadable`. Changed records are not noticed: delete the cache. wait: for another process
     to build it."""
     made_of = {"layout": LAYOUT, "preprocessing": how, "leads": list(leads), "fs": FS,
@@ -351,41 +486,53 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
             raise InputError(f"{root}: no such folder; wanted the dataset's, give it with --data")
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as f:
-            unreadable = write_signals(f, root, made_of, workers or os.cpu_count())
+            notes = write_signals(f, root, made_of, workers or os.cpu_count())
             with whole_file(about) as g:
-                g.write(json.dumps({**made_of, "unreadable": unreadable}, indent=1).encode())
-    unreadable = json.loads(about.read_text())["unreadable"]
+                g.write(json.dumps({**made_of, **notes}, indent=1).encode())
+    notes = json.loads(about.read_text())
+    unreadable = notes["unreadable"]
     if unreadable and not skip_unreadable:
         raise InputError(f"{next(iter(unreadable.values()))}; {about} lists all {len(unreadable)}: "
                          f"mend them and delete {path}, or leave them out with --skip-unreadable")
-    return path, unreadable
+    for key, text in NOTES.items():
+        if notes[key]:
+            print(f"{len(notes[key]):,} of {len(records):,} records {text}, see {about}")
+    return path, notes
 
 
 def write_signals(f, root, made_of, workers):
     """Write the signals of all records to the file `f` as a .npy array, in order, zeros for those
-    that cannot be read -> {record: why not}."""
+    that cannot be used -> {key of NOTES: {record: in words}}."""
     import scipy.ndimage, scipy.signal, wfdb  # noqa: E401,F401  once, not in every worker
     records, how, leads = (made_of[key] for key in ("records", "preprocessing", "leads"))
-    shape, unreadable = (len(records), len(leads), SAMPLES), {}
+    shape, notes = (len(records), len(leads), SAMPLES), {key: {} for key in NOTES}
     header = {"descr": "<f2", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(f, header)
-    read, ignore = partial(try_record, root, how, leads), (signal.SIGINT, signal.SIG_IGN)
+    read, ignore = partial(first_window, root, how, leads), (signal.SIGINT, signal.SIG_IGN)
     try:
         with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore) as pool:
             pool.submit(os.getpid)      # the workers are forked before the bar has a thread
             bar = tqdm(None, "cache", len(records), unit="record", disable=None)
             for i in range(0, len(records), 128 * workers):     # finished ones stay in memory
                 part = records[i:i + 128 * workers]
-                for record, (windows, why) in zip(part, pool.map(read, part, chunksize=8)):
-                    f.write(bytes(2 * len(leads) * SAMPLES) if why else windows.tobytes())
-                    if why:
-                        unreadable[record] = why
+                for record, (window, said) in zip(part, pool.map(read, part, chunksize=8)):
+                    f.write(window.tobytes())
+                    for key in filter(said.get, NOTES):
+                        notes[key][record] = said[key]
                     bar.update()
             bar.close()
     except BrokenProcessPool:
         raise InputError("a worker was killed, perhaps as memory ran out; run `python data.py` "
                          "with fewer --workers") from None
-    return unreadable
+    return notes
+
+
+def first_window(root, how, leads, record):
+    """The first window of `load_windows`; zeros and a note where there is none."""
+    try:
+        return next(load_windows(Path(root, record), how, leads))
+    except InputError as error:
+        return np.zeros((len(leads), SAMPLES), np.float16), {"unreadable": str(error)}
 
 
 def load_records(root, task, how="filter", leads=LEADS, **options):
@@ -393,11 +540,8 @@ def load_records(root, task, how="filter", leads=LEADS, **options):
     signals[labels.row[i]], of the memory-mapped array (N, leads, 5000), which is built if missing.
     options: those of `build_cache`."""
     labels = load_labels(root, task, unlabelled=True)
-    path, unreadable = build_cache(root, labels.record, how, leads, **options)
-    if unreadable:
-        print(f"{len(unreadable)} of {len(labels.row)} records cannot be read and are left out, "
-              f"see {path.with_suffix('.json')}")
-    readable = ~np.isin(labels.record, list(unreadable))
+    path, notes = build_cache(root, labels.record, how, leads, **options)
+    readable = ~np.isin(labels.record, list(notes["unreadable"]))
     labelled = is_own(task) | labels.y.any(1)
     return labels.take(readable & labelled), np.load(path, mmap_mode="r")
 
@@ -431,6 +575,9 @@ def whole_file(path):
 def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-written"):
     """End the script with one line and status 2 for what the user can mend: InputError, system
     errors, and the exceptions `more`."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # a test's
+            stream.reconfigure(errors="backslashreplace")   # what it cannot print
     try:
         yield
         return
@@ -491,9 +638,9 @@ def main(argv=None):
         if args.download:
             download(args.data)
         records = load_labels(args.data, args.task, unlabelled=True).record
-        path, unreadable = build_cache(args.data, records, args.preprocess, leads, args.workers,
-                                       args.skip_unreadable)
-    n, size = len(records) - len(unreadable), path.stat().st_size
+        path, notes = build_cache(args.data, records, args.preprocess, leads, args.workers,
+                                  args.skip_unreadable)
+    n, size = len(records) - len(notes["unreadable"]), path.stat().st_size
     print(f"{path}: {n:,} records, {size / 1e9:.2f} GB")
 
 

@@ -17,7 +17,8 @@ import glob
 import io
 import json
 import os
-from itertools import combinations
+from contextlib import suppress
+from itertools import combinations, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -377,14 +378,37 @@ def compare(names, models):
 # ------------------------------------------------------------------------------------- single ECGs
 
 def find_records(paths):
-    """WFDB records by their paths, with or without an extension, and all those in folders."""
+    """WFDB records by their paths, with or without an extension, and all those in folders, but
+    what a Mac leaves there, and segments of other records."""
     files = []
     for path in paths:
-        inside = os.path.join(glob.escape(path), "**", "*.hea")
-        files += sorted(glob.glob(inside, recursive=True)) if os.path.isdir(path) else [path]
+        headers = glob.glob(os.path.join(glob.escape(path), "**", "*.hea"), recursive=True)
+        headers = sorted(file for file in headers if "__MACOSX" not in file)
+        files += headers if os.path.isdir(path) else [path]
     if not files:
         raise InputError(f"{', '.join(paths)}: holds no .hea header of a WFDB record")
-    return list(dict.fromkeys(map(data.strip_extension, files)))    # a .hea and its .dat are one
+    records, segments = dict.fromkeys(map(data.strip_extension, files)), set()
+    for record in records:      # a .hea and its .dat are one
+        with suppress(OSError, ValueError):     # what cannot be read is said later
+            segments |= {*data.segments_of(record)}
+    return [record for record in records if Path(record) not in segments]
+
+
+def predict_record(checkpoint, model, record, device):
+    """(mean probabilities (L,) over a record's windows of 10 s, their number, notes in words).
+    Raises InputError for a record that cannot be used."""
+    windows = data.load_windows(record, checkpoint["preprocessing"], checkpoint["leads"])
+    total, n, lacking = 0, 0, []
+    while batch := [*islice(windows, 64)]:      # a day's recording does not fit in memory
+        signals, notes = zip(*batch)
+        prob = infer(model, np.stack(signals), np.arange(len(signals)), device)
+        total, n = total + probabilities(prob).sum(0), n + len(signals)
+        lacking += [note["lacking"] for note in notes if note["lacking"]]
+    empty, derived = notes[0]["windows"] - n, notes[0]["derived"]
+    said = [f"{empty} windows have no signal"] * bool(empty)
+    said += [f"{len(lacking)} lack {lacking[0]}" for _ in lacking[:1]]
+    said += [f"{derived} derived from I and II"] * bool(derived)
+    return total / n, n, "; ".join(said)
 
 
 def thresholds_of(checkpoint):
@@ -408,21 +432,21 @@ def record_lines(checkpoint, prob, top=5):
 
 
 def write_table(path, checkpoint, found):
-    """A csv with a row for each (record, number of windows, probabilities)."""
+    """A csv with a row for each (record, probabilities, number of windows, notes)."""
     classes, limits = np.array(checkpoint["classes"]), thresholds_of(checkpoint)
     text = io.StringIO()
-    csv.writer(text).writerows([["record", "windows", "above_threshold", *classes], *(
-        [record, windows, ";".join(classes[prob >= limits]), *(f"{value:.6g}" for value in prob)]
-        for record, windows, prob in found)])
+    csv.writer(text).writerows([["record", "windows", "notes", "above_threshold", *classes], *(
+        [record, n, notes, ";".join(classes[prob >= limits]), *(f"{value:.6g}" for value in prob)]
+        for record, prob, n, notes in found)])
     with data.whole_file(path) as f:
-        f.write(text.getvalue().encode())
+        f.write(text.getvalue().encode(errors="surrogateescape"))   # names that are not UTF-8
 
 
 def plot_record(record, leads, caption, path):
     """Draw the first 10 s of a record as one sheet of ECG paper, 25 mm/s and 10 mm/mV, with small
     squares of 0.04 s and 0.1 mV, to an image file."""
     from matplotlib.figure import Figure
-    signal, fs = data.read_record(record, leads)
+    signal, fs = data.read_record(record, leads, seconds=10)
     signal = np.stack([data.fill_gaps(lead) for lead in signal[:, :int(10 * fs)].astype(float)])
     signal -= np.median(signal, axis=1, keepdims=True)
     # 2 mV of paper for each lead, more where its waves are large (up to 8, for wrong units).
@@ -513,33 +537,32 @@ def run(args, device):
 
 def run_records(args, device):
     """Predict single ECGs of any source, sampling rate and length, by windows of 10 s."""
-    path, records, found, unreadable = args.models[0], find_records(args.record), [], []
+    path, records, found, unusable = args.models[0], find_records(args.record), [], []
     if args.plot and records[1:]:
         raise InputError(f"--plot draws one record, {len(records)} were given; give one")
     checkpoint, model = load_model(path, device)
     for record in tqdm(records, "predict", unit="record", disable=None if records[1:] else True):
-        signals, why = data.try_record("", checkpoint["preprocessing"], checkpoint["leads"],
-                                       record, windows=None)
-        if why:
-            unreadable.append(why)
-        else:
-            prob = probabilities(infer(model, signals, np.arange(len(signals)), device))
-            found.append((record, len(signals), prob.mean(0)))
+        try:
+            found.append((record, *predict_record(checkpoint, model, record, device)))
+        except InputError as error:
+            unusable.append(error)
     if not found:
-        raise InputError(unreadable[0])
-    lines = record_lines(checkpoint, found[0][2])
+        raise unusable[0]
+    _, prob, n, notes = found[0]
+    lines = record_lines(checkpoint, prob)
     if args.plot:
         caption = ",  ".join(" ".join(line.split()[:2]) for line in lines[1:6])
         plot_record(records[0], checkpoint["leads"], caption, args.plot)
     if len(records) == 1:
-        print(*lines, f"mean of {found[0][1]} windows of 10 s", sep="\n")
+        print(*lines, f"mean of {n} windows of 10 s", *[notes] * bool(notes), sep="\n")
     if len(records) > 1 or args.out:
         out = args.out or Path(path).with_name("records.csv")
         write_table(out, checkpoint, found)
-        print(f"{out}: {len(found):,} records, {len(checkpoint['classes'])} classes")
-    if unreadable:
-        raise InputError(f"{unreadable[0]}; {len(unreadable)} of {len(records)} records cannot be "
-                         f"read, the others are in {out}")
+        print(f"{out}: {len(found):,} records, {len(checkpoint['classes'])} classes, notes on "
+              f"{sum(bool(notes) for *_, notes in found):,} records")
+    if unusable:
+        raise InputError(f"{unusable[0]}; {len(unusable)} of {len(records)} records cannot be "
+                         f"used, the others are in {out}")
 
 
 def main(argv=None):

@@ -168,19 +168,21 @@ ecgfounder = ECGFounder
 # ------------------------------------------------------------------------------------------ weights
 
 def read_checkpoint(path):
-    """Read a checkpoint -> dict with at least `state_dict`, on the CPU; a bare state_dict becomes
-    such a dict. No code in the file is ever run: besides tensors and plain data only what the
-    official file needs is allowed, a NumPy float64 scalar (`val_auroc`, pickled under NumPy 1's
-    names). Raises WeightsError for anything else."""
+    """Read a checkpoint -> dict with at least `state_dict`, on the CPU; a `model_state_dict`, or a
+    bare state_dict, becomes one, and a prefix that a wrapper gave all keys goes. No code in the
+    file is ever run: besides tensors and plain data only NumPy's numbers are allowed, which the
+    official files hold (pickled under NumPy 1's names). Raises WeightsError for anything else."""
     scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
+    numbers = [type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"]
     allowed = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
-               np.dtype, type(np.dtype("float64"))]
+               np.dtype, *numbers]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")     # what torch warns of here, it also refuses
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint = checkpoint if "state_dict" in checkpoint else {"state_dict": checkpoint}
-        for key, value in checkpoint["state_dict"].items():
+        state = checkpoint.get("state_dict", checkpoint.get("model_state_dict", checkpoint))
+        fields = {} if state is checkpoint else checkpoint
+        for key, value in state.items():
             key + ""                # a text
             value.float().numpy()   # a plain tensor, with data
     except Exception as error:  # torch raises almost anything for a damaged file, with bad advice
@@ -188,7 +190,10 @@ def read_checkpoint(path):
         raise WeightsError(f"{path}: no checkpoint of tensors and plain data can be read "
                            f"({said or type(error).__name__}); fetch or train it again; `python "
                            "model.py --download` fetches the official weights") from None
-    return checkpoint
+    for prefix in ("_orig_mod.", "module.", "model.") * 2:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return {**fields, "state_dict": state}
 
 
 def load_state(model, state, path, head=True):

@@ -13,8 +13,6 @@ millivolts, or unitless after normalization. Needs NumPy, SciPy, wfdb and tqdm (
 import argparse
 import ast
 import csv
-import errno
-import itertools
 import json
 import math
 import os
@@ -25,9 +23,8 @@ import sys
 import time
 import zipfile
 import zlib
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter, namedtuple
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
@@ -53,23 +50,22 @@ DATABASE, STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
 NOT_CLASSES = ("record", "ecg_id", "patient_id", "fold")    # of a custom table's columns
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 FOLDS = {f"{fold}{end}": fold for fold in range(1, 11) for end in ("", ".0")}
-UNKNOWN = r"(nan?|n/a|<na>|none|null|unk(nown)?|anonym\w*|[-?.]+|0+|-\d+(\.0)?)?"     # patient_id
+UNKNOWN = r"(nan?|n/a|<na>|none|null|unk(nown)?|anonym\w*|[-?.]+|0+|-\d+)?"     # patient_id
 PREPROCESSING = ("filter", "zscore", "raw")
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
 MAX_MILLIVOLTS = 1e4            # an ECG's amplitude is about 1; the largest float16 is 65504
+MIN_FS, MAX_FS = 50, 100_000    # Hz, limits for resampling
+CHECKED_SECONDS = 60            # longer records are read in parts, and no checksum is compared
 LEAD_OF = {lead.lower(): lead for lead in LEADS} | {    # "DII" and "D2" are lead II
-    f"d{name}": lead for lead in LEADS[:3] for name in (lead.lower(), str(len(lead)))}
+    f"d{name}": lead for lead in LEADS[:3] for name in (lead.lower(), len(lead))}
 DERIVED = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I, II
-RECORD_LINE = {     # the first cells of a WFDB header's lines: regular expressions of what is legal
+RECORD_LINE = {     # of a WFDB header, its first line: what each cell must be
     "record's name": r"[-\w]+(/\d+)?", "number of signals": r"\d+", "rate": r"\d+(\.\d*)?(/\S+)?",
-    "number of samples": r"0*[1-9]\d*", "time": r"((([01]?\d|2[0-3]):)?[0-5]?\d:)?[0-5]?\d(\.\d+)?",
+    "number of samples": r"0*[1-9]\d*", "time": r"(([01]?\d|2[0-3]):)?([0-5]?\d:)?[0-5]?\d(\.\d+)?",
     "date": r"(0?[1-9]|[12]\d|3[01])/(0?[1-9]|1[0-2])/\d{4}"}
 SIGNAL_LINE = {"file": r"~?[-\w]*(\.\w*)?", "format": r"\d+(x\d+)?(:\d+)?(\+\d+)?",
                "gain": r"(-?\d*\.?\d*(e[+-]?\d+)?(\(-?\d+\))?(/\S*)?)?"}
-SIGNAL_CELLS = r"(\S+)\s*(\S*)\s*([-+.\d]\S*)?((?:\s+-?\d+){0,5})\s*(.*)"
-MATLAB_5 = b"MATLAB 5.0"        # how its files begin
-CHECKED_SECONDS = 60            # longer records are read in parts, and no checksum is compared
-MIN_FS, MAX_FS = 50, 100_000    # Hz, limits for resampling
+SIGNAL_CELLS = r"(\S+)\s*(\S*)\s*([-+.\d]\S*)?((?:\s+-?\d+){0,5})\s*(.*)"   # ..., numbers, name
 LAYOUT = 6          # version of the cache; those of other versions are not used
 URL = ("https://physionet.org/static/published-projects/ptb-xl/"
        "ptb-xl-a-large-publicly-available-electrocardiography-dataset-1.0.3.zip")
@@ -80,18 +76,17 @@ class InputError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------- labels
-
 class Labels(NamedTuple):
+    """Records and their labels; patients that are unknown have a negative number each."""
     ecg_id: np.ndarray      # (N,) int64, or str where they are not whole numbers
     record: np.ndarray      # (N,) str: paths of WFDB records, relative to the dataset's folder
     row: np.ndarray         # (N,) int64: place in the table and in the cache
-    patient_id: np.ndarray  # (N,) int64 or str; a negative number where the patient is unknown
+    patient_id: np.ndarray  # (N,) int64 or str
     fold: np.ndarray        # (N,) int64: 1-8 train, 9 validates, 10 tests
     y: np.ndarray           # (N, L) uint8
     classes: list           # L names
 
-    def take(self, chosen):
-        """The records that an index or a mask selects."""
+    def take(self, chosen):     # by an index or a mask
         return Labels(*(field[chosen] for field in self[:-1]), self.classes)
 
 
@@ -112,8 +107,8 @@ def load_labels(root, task, unlabelled=False):
 
 
 def read_table(root, task):
-    """(path, {column: cells}) of a dataset's table, with the columns record, ecg_id, patient_id
-    (empty where unknown) and fold, however it names them or if it lacks them."""
+    """(path, {column: cells}) of a dataset's table; it has the columns record, ecg_id, patient_id
+    (empty where unknown) and fold, whatever the table calls them or lacks."""
     path, needed = Path(root, DATABASE), ["filename_hr", "strat_fold", "patient_id", "scp_codes"]
     if is_own(task):
         path, needed = Path(task), ["record"]
@@ -121,22 +116,21 @@ def read_table(root, task):
         raise InputError(f"task {task!r}: wanted {', '.join(TASKS)}, or a .csv table")
     table = read_csv(path, needed)
     records = [posixpath.normpath(strip_extension(cell)) for cell in table[needed[0]]]
-    ids = [plain_id(cell) for cell in table.get("ecg_id", records)]
-    patients = [plain_id(cell) for cell in table.get("patient_id", [""] * len(records))]
+    columns = table.get("ecg_id", records), table.get("patient_id", [""] * len(records))
+    ids, patients = ([re.sub(r"^(-?\d+)\.0$", r"\1", cell) for cell in column]
+                     for column in columns)     # without the ".0" that pandas adds
     patients = ["" if is_unknown(who) else who for who in patients]
     for column, names in ((needed[0], records), ("ecg_id", ids)):
         (twice, count), = Counter(names).most_common(1)
         bad = [twice] * (count > 1) + [name for name in names if re.match(r"/|\.\.|\.?$", name)]
         if bad:
-            raise InputError(f"{path}: {column} {bad[0]!r}; wanted one row a record, and its path "
-                             f"inside {root}")
+            raise InputError(f"{path}: {column} {bad[0]!r}; wanted one row a record, inside {root}")
     fold = "fold" if is_own(task) else "strat_fold"
     if fold in table:
-        wanted = "1 to 10 (1-8 train, 9 validates, 10 tests)"
-        folds = translate(path, fold, table[fold], FOLDS, wanted)
+        folds = translate(path, fold, table[fold], FOLDS, "1-8 (train), 9 (validates), 10 (tests)")
     else:   # by a hash, so that a patient is in the same fold in every table and on every machine
-        folds = [1 + zlib.crc32((who or name).encode()) % 10
-                 for who, name in zip(patients, records)]
+        people = (who or name for who, name in zip(patients, records))
+        folds = [1 + zlib.crc32(who.encode()) % 10 for who in people]
     return path, {**table, "record": records, "ecg_id": ids, "patient_id": patients, "fold": folds}
 
 
@@ -144,9 +138,17 @@ def is_own(task):
     return str(task).lower().endswith(".csv")
 
 
+def is_unknown(patient):
+    return re.fullmatch(UNKNOWN, str(patient), re.IGNORECASE) is not None
+
+
+def strip_extension(path):
+    return re.sub(r"\.(hea|dat|mat)$", "", str(path))
+
+
 def read_csv(path, needed):
-    """A csv file with a header -> {column: its cells, without spaces around them}; columns that
-    have neither a name nor a cell, and Excel's first line `sep=,`, are left out."""
+    """A csv file with a header -> {column: its cells, without spaces around them}. What Excel adds
+    is left out: a first line `sep=,`, columns without a name and a cell."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             mark = re.match(r'"?sep=(.)', f.readline())
@@ -179,19 +181,6 @@ def translate(path, column, cells, values, wanted):
     return found
 
 
-def strip_extension(path):
-    return re.sub(r"\.(hea|dat|mat)$", "", str(path))
-
-
-def plain_id(cell):
-    """A number without the ".0" that pandas adds."""
-    return re.sub(r"^(-?\d+)\.0$", r"\1", cell)
-
-
-def is_unknown(patient):
-    return re.fullmatch(UNKNOWN, str(patient), re.IGNORECASE) is not None
-
-
 def identifiers(cells):
     """(N,) int64 where all are whole numbers, else str."""
     whole = all(re.fullmatch(r"-?(0|[1-9]\d{0,14})", cell) for cell in cells)
@@ -203,7 +192,7 @@ def ptbxl_classes(path, table, task):
     whatever its likelihood, 0 included; the classes are all those of the task, sorted."""
     flag, name = TASKS[task]
     columns = read_csv(path.with_name(STATEMENTS), ["", flag or "", name])
-    flags = columns[flag] if flag else itertools.repeat("1")
+    flags = columns[flag] if flag else ["1"] * len(columns[""])
     class_of = {statement: kind * (flagged in ("1", "1.0"))     # "" where it has none
                 for statement, kind, flagged in zip(columns[""], columns[name], flags)}
     classes = sorted({*class_of.values()} - {""})
@@ -214,8 +203,7 @@ def ptbxl_classes(path, table, task):
             found = [class_of[code] for code in {**ast.literal_eval(cell)}]
         except (KeyError, TypeError, ValueError, SyntaxError, MemoryError, RecursionError):
             raise InputError(f"{path}: row {i + 2}: scp_codes is {cell[:40]!r}; wanted statements "
-                             f"of {STATEMENTS}, such as {{'NORM': 100.0}}; fetch both files again"
-                             ) from None
+                             f"of {STATEMENTS}; fetch both files again") from None
         y[i, [place[kind] for kind in found if kind]] = 1
     return y, classes
 
@@ -226,24 +214,20 @@ def own_classes(path, table):
     if not classes or "" in classes:
         raise InputError(f"{path}: wanted, besides {known}, a column of 0 and 1 for each class, "
                          "with its name (pandas: to_csv(..., index=False))")
-    wanted = (f"0 or 1, as every column is a class except {known}; leave out records whose label is "
-              "unknown, and give each of exclusive classes its own column")
+    wanted = (f"0 or 1, as all columns but {known} are classes; leave out records whose label is "
+              "unknown, and give each of several exclusive classes a column")
     y = [translate(path, name, table[name], LABELS, wanted) for name in classes]
     return np.array(y, np.uint8).T, classes
 
 
 def subset(index, frac, seed):
-    """A random fraction of the records `index` (n,), sorted: max(1, floor(frac n + 0.5)) of them,
-    drawn with `seed`. With one index and seed, a smaller fraction is a subset of every larger one.
-    """
-    if not 0 < frac <= 1:
-        raise InputError(f"the fraction is {frac}; wanted 0 < fraction <= 1")
+    """A random fraction, 0 < frac <= 1, of the records `index` (n,), sorted: max(1, floor(frac n +
+    0.5)) of them. With one seed, a smaller fraction is a subset of every larger one."""
     order = np.random.RandomState(seed).permutation(np.sort(index))
     return np.sort(order[:max(1, int(frac * len(order) + 0.5))])
 
 
 # ------------------------------------------------------------------------------------------ records
-
 def parse_leads(text):
     """"v1,II" -> ("II", "V1"), in the order of LEADS."""
     asked = [name.strip().lower() for name in text.split(",")]
@@ -256,6 +240,12 @@ def lead_called(name):
     """The lead that a signal's name means, such as "MDC_ECG_LEAD_III" or "D3"; else the name."""
     short = re.sub(r"^(mdc_)?(e[ck]g)?[ _.:]*(lead)?[ _.:]*", "", name.strip().lower())
     return LEAD_OF.get(short, name.strip())
+
+
+# frames: None if unknown; signals: {lead, or the name of what is none: Signal}
+Header = namedtuple("Header", "frame_rate frames segmented signals")
+# place: among the signals; per_frame: samples; checksum: of all its samples modulo 65536, or 0
+Signal = namedtuple("Signal", "place per_frame unit checksum")
 
 
 def header_lines(path):
@@ -271,25 +261,9 @@ def header_lines(path):
             cells, forms = re.match(SIGNAL_CELLS, line).groups(""), SIGNAL_LINE
         for cell, (part, form) in zip(cells, forms.items()):
             if not re.fullmatch(form, cell):
-                raise InputError(f"{path}.hea: line {number}: the {part} is {cell!r}; wanted it as "
-                                 "in WFDB's specification")
+                raise InputError(f"{path}.hea: line {number}: the {part} {cell!r} is not WFDB's")
         found.append(cells)
     return found
-
-
-class Signal(NamedTuple):
-    """What a line of a header says of a signal."""
-    place: int          # among the record's signals
-    per_frame: int      # samples in a frame
-    unit: str           # of voltage, in lower case, with u for micro
-    checksum: int       # sum of all its samples modulo 65536; 0 if unknown
-
-
-class Header(NamedTuple):
-    frame_rate: float   # Hz
-    frames: int         # None if unknown
-    segmented: bool
-    signals: dict       # by lead, or by name if it is none: Signal
 
 
 def segments_of(path):
@@ -302,18 +276,19 @@ def segments_of(path):
 def read_header(path):
     """The Header of a WFDB record. Raises InputError for one that cannot be read."""
     record, segments, signals = header_lines(path)[0], segments_of(path), {}
-    # The first segment has all signals: it is like the others, or a layout for them.
+    # The first segment has all signals: it is like the others, or a layout of them.
     for part in segments or [path]:
         for i, (file, form, gain, numbers, name) in enumerate(header_lines(part)[1:]):
-            if file.endswith(".mat") and Path(part).with_name(file).open("rb").read(10) == MATLAB_5:
+            mat = file.endswith(".mat") and np.fromfile(Path(part).with_name(file), "S10", 1)
+            if mat == b"MATLAB 5.0":
                 raise InputError(f"{path}: {file} is a MATLAB 5 file; wanted MATLAB 4, as by "
                                  "scipy.io.savemat(..., format='4')")
             # wfdb drops the micro sign, whatever its encoding.
             unit = re.sub(r"[^!-~]+(?=v$)", "u", gain.partition("/")[2].lower()) or "mv"
             per_frame = re.search(r"x(\d+)|$", form)[1]
             checksum = 0 if segments or ":" in form else [*numbers.split(), 0, 0, 0, 0][3]
-            signal = Signal(i, int(per_frame or 1), unit, int(checksum) % 65536)
-            if signals.setdefault(lead_called(name), signal).unit != unit:
+            found = Signal(i, int(per_frame or 1), unit, int(checksum) % 65536)
+            if signals.setdefault(lead_called(name), found).unit != unit:
                 raise InputError(f"{path}: {name} is in {unit} in a part of it; wanted one unit")
     frame_rate = float(record[2].partition("/")[0]) if len(record) > 2 else 250.0
     frames = int(record[3]) if len(record) > 3 else None
@@ -326,15 +301,15 @@ def find_leads(path, header, leads):
     derived = [lead for lead in leads if lead in DERIVED and lead not in header.signals]
     needed = dict.fromkeys([*leads, *("I", "II") * bool(derived)])
     wanted = {lead: header.signals.get(lead) for lead in needed if lead not in derived}
-    missing = [lead for lead, signal in wanted.items() if signal is None]
+    missing = [lead for lead, found in wanted.items() if found is None]
     if missing:
         raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(header.signals)}); "
-                         f"wanted {', '.join(leads)}; if one has another name, rename it in the "
-                         ".hea")
-    units, rates = ({signal[i] for signal in wanted.values()} for i in (2, 1))
-    if units - {*MILLIVOLTS} or len(rates) > 1:
-        raise InputError(f"{path}: has leads in {', '.join(units)}, at {len(rates)} rates; wanted "
-                         "mV, uV, nV or V, and one rate")
+                         f"wanted {', '.join(leads)}; rename those that have another name")
+    if len({found.per_frame for found in wanted.values()}) > 1:
+        raise InputError(f"{path}: has leads of several sampling rates; wanted one rate")
+    other = {found.unit for found in wanted.values()} - {*MILLIVOLTS}
+    if other:
+        raise InputError(f"{path}: is in {', '.join(other)}; wanted mV, uV, nV or V")
     return wanted, derived
 
 
@@ -346,46 +321,41 @@ def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
     import wfdb
     header = header or read_header(path)
     wanted, derived = find_leads(path, header, leads)
-    per_frame, rate = next(iter(wanted.values())).per_frame, header.frame_rate
-    first, last, end = 0, None, header.frames or 0
-    whole = seconds is None or end <= CHECKED_SECONDS * rate
+    per_frame, rate = [*wanted.values()][0].per_frame, header.frame_rate
+    fs, first, last, frames = rate * per_frame, 0, None, header.frames or 0
+    whole = seconds is None or frames <= CHECKED_SECONDS * rate
     if not whole:
-        first, last = int(start * rate), min(end, math.ceil((start + seconds) * rate))
-    record = wfdb.rdrecord(str(path), first, last, [signal.place for signal in wanted.values()],
+        first, last = int(start * rate), min(frames, math.ceil((start + seconds) * rate))
+    record = wfdb.rdrecord(str(path), first, last, [found.place for found in wanted.values()],
                            physical=header.segmented, smooth_frames=False)
     if whole and not header.segmented:
-        for (lead, signal), samples in zip(wanted.items(), record.e_d_signal):
-            if signal.checksum not in (0, samples.sum() % 65536):
-                raise InputError(f"{path}: lead {lead} has other samples than its header's checksum"
-                                 " says; wanted the signal file that belongs to the header")
+        for (lead, found), samples in zip(wanted.items(), record.e_d_signal):
+            if found.checksum not in (0, samples.sum() % 65536):
+                raise InputError(f"{path}: lead {lead} has not the checksum of its header, which "
+                                 "belongs to another signal file")
     samples = record.e_p_signal if header.segmented else record.dac(expanded=True)
     volts = {lead: MILLIVOLTS[wanted[lead].unit] * x for lead, x in zip(wanted, samples)}
     for lead in derived:
         volts[lead] = DERIVED[lead][0] * volts["I"] + DERIVED[lead][1] * volts["II"]
-    x, fs = np.stack([volts[lead] for lead in leads]).astype(np.float32), rate * per_frame
-    start = round(start * fs) - first * per_frame
-    return x[:, start:None if seconds is None else start + math.ceil(seconds * fs)], fs
+    x, begin = np.stack([volts[lead] for lead in leads]), round(start * fs) - first * per_frame
+    end = None if seconds is None else begin + math.ceil(seconds * fs)
+    return x[:, begin:end].astype(np.float32), fs
 
 
 def preprocess(signal, fs, how="filter"):
     """(leads, n) in millivolts at `fs` Hz -> float32 (leads, 5000): the first 10 s at 500 Hz,
-    zero-padded at the end if shorter.
-
-    how: "filter" (`remove_noise`, then z-score over all leads at once), "zscore" (the last step
-    alone) or "raw" (millivolts). First, missing samples (NaN) are interpolated. Flat records
-    normalize to zeros. Raises InputError for what is not an ECG in millivolts."""
+    zero-padded at the end if shorter. Missing samples (NaN) are interpolated. how: "filter"
+    (`remove_noise`, then z-score over all leads at once; flat ones become zeros), "zscore" (the
+    last step alone) or "raw" (millivolts). Raises InputError for what is not in millivolts."""
     from scipy import signal as dsp
     x = np.asarray(signal)
-    if how not in PREPROCESSING:
-        raise InputError(f"preprocessing {how!r}: wanted one of {', '.join(PREPROCESSING)}")
     if x.ndim != 2 or not x.size or not MIN_FS <= fs <= MAX_FS:
-        raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (leads, n) at {MIN_FS} "
-                         f"to {MAX_FS} Hz")
+        raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (leads, n) at 50 Hz or "
+                         "more")
     seconds = 10 if fs == FS else 11    # one more for the filter that resamples
     x = x[:, :math.ceil(seconds * fs)].astype(np.float64)
     if not np.abs(x[~np.isnan(x)]).max(initial=0) <= MAX_MILLIVOLTS:
-        raise InputError(f"a signal with infinite samples, or some beyond {MAX_MILLIVOLTS:g} mV; "
-                         "wanted an ECG in millivolts")
+        raise InputError(f"samples beyond {MAX_MILLIVOLTS:g} mV; wanted an ECG in millivolts")
     x = np.stack([fill_gaps(lead) for lead in x])
     if fs != FS:    # beyond its ends a lead goes on along the line through its first and last one
         ratio, ends = Fraction(FS / fs).limit_denominator(1000), ("constant", "line")
@@ -419,38 +389,36 @@ def remove_noise(x):
 
 
 def load_windows(path, how="filter", leads=LEADS):
-    """Yield the consecutive 10 s windows of a record in which a lead has a signal: float16 (leads,
-    5000), and notes: how many windows the record has, what this one lacks, which leads were
-    derived. The cache holds the first of them. A remainder of less than 10 s is dropped, unless it
-    is all there is. Raises InputError for a record that cannot be read, or has no such window."""
+    """Yield the 10 s windows of a record in which a lead has a signal, as float16 (leads, 5000),
+    with notes: how many windows the record has, what this one lacks, which leads are derived. The
+    cache holds the first. A remainder of less than 10 s is dropped, unless it is all there is.
+    Raises InputError for a record that cannot be read or has no such window."""
     try:
-        header, empty = read_header(path), True
+        header, empty = read_header(path), 0
         derived = ", ".join(find_leads(path, header, leads)[1])
-        seconds = header.frames / header.frame_rate if header.frames else 0
-        n = max(1, int(seconds / 10 + 1e-6))
+        n = max(1, int((header.frames or 0) / header.frame_rate / 10 + 1e-6))
         for i in range(n):
             signal, fs = read_record(path, leads, 10 * i, 11, header)
             lacking = what_lacks(signal[:, :math.ceil(10 * fs)], fs, leads)
-            if lacking is not None:
-                empty = False
-                window = preprocess(signal, fs, how).astype(np.float16)
-                yield window, {"windows": n, "lacking": lacking, "derived": derived}
-        if empty:
-            raise InputError(f"{path}: has no signal: its leads are missing or flat")
-    except InputError:
-        raise
+            if lacking is None:
+                empty += 1
+                continue
+            yield (preprocess(signal, fs, how).astype(np.float16),
+                   {"windows": n, "lacking": lacking, "derived": derived})
+        if empty == n:
+            raise InputError("its leads are missing or flat")
     except Exception as error:  # wfdb raises almost anything for a malformed header or short file
-        raise InputError(" ".join(
-            f"{path}: cannot be read as a WFDB record, which is a .hea header and the signal file "
-            f"that it names ({type(error).__name__}: {error})".split())) from None
+        why = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        raise InputError(" ".join(f"{path}: no ECG can be read from this WFDB record ({why})"
+                                  .split())) from None
 
 
 def what_lacks(signal, fs, leads):
     """What a window lacks, in words: a tenth or more of its samples, or whole leads; None if no
     lead has a second of samples that are not all the same."""
     known = ~np.isnan(signal)
-    range_ = np.where(known, signal, -np.inf).max(1) - np.where(known, signal, np.inf).min(1)
-    alive = (known.sum(1) >= fs) & (range_ > 1e-6)
+    height = np.where(known, signal, -np.inf).max(1) - np.where(known, signal, np.inf).min(1)
+    alive = (known.sum(1) >= fs) & (height > 1e-6)
     if not alive.any():
         return None
     if known.mean() < 0.9:
@@ -459,22 +427,18 @@ def what_lacks(signal, fs, leads):
 
 
 # -------------------------------------------------------------------------------------------- cache
-
-NOTES = {   # what the .json beside a cache lists, and what it says of a record
+NOTES = {   # what is noted of records in the .json beside a cache, and said
     "unreadable": "cannot be used and are left out",
-    "lacking": "lack whole leads, or a tenth or more of their samples",
+    "lacking": "lack a tenth or more of their samples, or whole leads",
     "derived": "have leads that were derived from I and II"}
 
 
 def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unreadable=False,
                 wait=False):
-    """Preprocess `records` (paths relative to `root`) once -> (path of the array, what its .json
-    says), at once if it is there. The .json says what the array is made of, and has, for each of
-    NOTES, {record: in words}.
-
-    Records that cannot be used raise InputError, once all others are cached, unless
-    `skip_unreadable`. Changed records are not noticed: delete the cache. wait: for another process
-    to build it."""
+    """Preprocess `records` (paths relative to `root`) once -> (path of the array, what the .json
+    beside it holds: what the array is made of, and {record: note} for each of NOTES). Records that
+    cannot be used raise InputError, once all others are cached, unless `skip_unreadable`. Changed
+    records are not noticed: delete the cache. wait: for another process to build it."""
     made_of = {"layout": LAYOUT, "preprocessing": how, "leads": list(leads), "fs": FS,
                "records": list(map(str, records))}
     path = Path(root, "cache", f"{how}-{zlib.crc32(json.dumps(made_of).encode()):08x}.npy")
@@ -482,13 +446,10 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
     while wait and not path.exists():
         time.sleep(1)
     if not (path.exists() and about.exists()):
-        if not Path(root).is_dir():
-            raise InputError(f"{root}: no such folder; wanted the dataset's, give it with --data")
         path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as f:
+        with whole_file(path) as f, whole_file(about) as g:
             notes = write_signals(f, root, made_of, workers or os.cpu_count())
-            with whole_file(about) as g:
-                g.write(json.dumps({**made_of, **notes}, indent=1).encode())
+            g.write(json.dumps({**made_of, **notes}, indent=1).encode())
     notes = json.loads(about.read_text())
     unreadable = notes["unreadable"]
     if unreadable and not skip_unreadable:
@@ -521,9 +482,9 @@ def write_signals(f, root, made_of, workers):
                         notes[key][record] = said[key]
                     bar.update()
             bar.close()
-    except BrokenProcessPool:
-        raise InputError("a worker was killed, perhaps as memory ran out; run `python data.py` "
-                         "with fewer --workers") from None
+    except BrokenExecutor:
+        raise InputError("a worker was killed, perhaps as memory ran out; run data.py with fewer "
+                         "--workers") from None
     return notes
 
 
@@ -547,7 +508,6 @@ def load_records(root, task, how="filter", leads=LEADS, **options):
 
 
 # ------------------------------------------------------------------------------- files and messages
-
 @contextmanager
 def whole_file(path):
     """A file to write bytes to, which gets the name `path` once all are written, or never."""
@@ -563,10 +523,6 @@ def whole_file(path):
             f.flush()
             os.fsync(f.fileno())    # so that a power failure leaves no empty file under the name
         os.replace(part, path)
-    except OSError as error:
-        if error.filename in (None, str(part), part):   # a full disk names none
-            error.filename = str(path)
-        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -574,10 +530,9 @@ def whole_file(path):
 @contextmanager
 def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-written"):
     """End the script with one line and status 2 for what the user can mend: InputError, system
-    errors, and the exceptions `more`."""
+    errors, and the exceptions `more`. What the terminal cannot show is printed escaped."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # a test's
-            stream.reconfigure(errors="backslashreplace")   # what it cannot print
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
         return
@@ -586,15 +541,12 @@ def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-
     except (InputError, OSError, *more) as error:
         status, line = 2, " ".join(str(error).split())
         if isinstance(error, OSError) and error.strerror:
-            line = f"{error.filename or 'the system'}: {error.strerror.lower()}"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                line += "; make room, and run the same command again"
+            line = f"{error.filename or 'disk'}: {error.strerror.lower()}"
     sys.stderr.write(f"{script}: {line}\n")
     sys.exit(status)
 
 
 # ------------------------------------------------------------------------------------- command line
-
 def download(root):
     """Fetch PTB-XL's zip, unless it lies in `root`, and unpack its tables and 500 Hz records; the
     records' table comes last, so that it tells of a whole set."""
@@ -620,18 +572,22 @@ def download(root):
     archive.unlink()
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    add = parser.add_argument
+def add_options(add):
+    """The options of a dataset, of data.py and post_train.py."""
     add("--data", default="ptbxl", help="the dataset's folder (default: ptbxl)")
-    add("--task", default="all71",
-        help="a .csv table of your own (default: PTB-XL; one cache serves all its tasks)")
     add("--leads", default=",".join(LEADS), help="such as II,V1,V5 (default: all twelve)")
     add("--preprocess", choices=PREPROCESSING, default="filter",
         help="default: filter, as ECGFounder's authors require")
-    add("--workers", type=int, help="processes (default: all cores)")
-    add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
-    add("--download", action="store_true", help="fetch PTB-XL 1.0.3 into the folder first")
+    add("--skip-unreadable", action="store_true", help="leave out records that cannot be used")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add_options(parser.add_argument)
+    parser.add_argument("--task", default="all71", help="a .csv table of your own (default: PTB-XL;"
+                        " one cache serves all its tasks)")
+    parser.add_argument("--workers", type=int, help="processes (default: all cores)")
+    parser.add_argument("--download", action="store_true", help="fetch PTB-XL 1.0.3 first")
     args = parser.parse_args(argv)
     with errors_in_one_line("data.py"):
         leads = parse_leads(args.leads)

@@ -17,10 +17,10 @@ import glob
 import io
 import json
 import os
+from collections import namedtuple
 from contextlib import suppress
 from itertools import combinations, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,14 +31,15 @@ import model as network
 from data import InputError
 
 FEW = 10            # fewer positives on fold 9 give no threshold
+# point (2, L): AUROC and AUPRC of each class; slopes (2, patients), of the macro scores; factor:
+# from the sum of their squares to the variance
+Scores = namedtuple("Scores", "point slopes factor")
 
 
 # ------------------------------------------------------------------------------------------- metric
-
 def auroc_auprc(y_true, y_prob):
-    """Area under the ROC curve and average precision of each class: y_true (N, L) of 0 and 1,
-    y_prob (N, L) -> (2, L), NaN where a class has no positive or no negative. Equal to
-    scikit-learn's roc_auc_score and average_precision_score, ties included."""
+    """Area under the ROC curve and average precision of each class, as scikit-learn's: y_true
+    (N, L) of 0 and 1, y_prob (N, L) -> (2, L), NaN where a class has no positive or no negative."""
     return areas_and_slopes(y_true, y_prob)[0]
 
 
@@ -85,13 +86,6 @@ def macro(values):
     """Mean over the defined classes along the last axis; NaN where none is defined."""
     with np.errstate(invalid="ignore"):     # 0 / 0
         return np.nansum(values, -1) / (~np.isnan(values)).sum(-1)
-
-
-class Scores(NamedTuple):
-    """AUROC and AUPRC of each class, and what `half_width` makes intervals of."""
-    point: np.ndarray   # (2, L)
-    slopes: np.ndarray  # (2, patients), of the macro scores
-    factor: float       # from the sum of the squared slopes to the variance
 
 
 def score(p):
@@ -151,7 +145,6 @@ def best_thresholds(y_true, y_prob):
 
 
 # ------------------------------------------------------------------------------------------ reports
-
 def plain(values):
     """An array as nested lists of floats, None where undefined."""
     return np.where(np.isnan(values), None, values).tolist()
@@ -171,7 +164,7 @@ def report(scores, p):
 
 def difference(a, b, classes, top=5):
     """How model b differs from model a (Scores of the same records), b - a, as plain data, with
-    paired intervals. The gain is relative to a, in percent. classes: the `top` that differ most."""
+    paired intervals, the gain in percent of a, and the `top` classes that differ most."""
     base, diff = macro(a.point), macro(b.point) - macro(a.point)
     half = half_width(b.slopes - a.slopes, a.factor)
     ends = plain(np.stack([diff - half, diff + half], 1))
@@ -191,11 +184,11 @@ def digits(value):
 
 def macro_line(name, result):
     """Macro scores with intervals, as a line to print."""
-    cells = ["{} ({} to {})".format(*map(digits, (value, *ends))) for value, ends in (
-        (result["macro_auroc"], result["macro_auroc_ci"]),
-        (result["macro_auprc"], result["macro_auprc_ci"]))]
+    values = (result["macro_auroc"], *result["macro_auroc_ci"],
+              result["macro_auprc"], *result["macro_auprc_ci"])
+    text = "macro AUROC {} ({} to {}), AUPRC {} ({} to {})".format(*map(digits, values))
     few = f" ({len(result['undefined'])} classes undefined)" * bool(result["undefined"])
-    return f"{name}: {result['n']:,} records, macro AUROC {cells[0]}, AUPRC {cells[1]}{few}"
+    return f"{name}: {result['n']:,} records, {text}{few}"
 
 
 def class_lines(result):
@@ -208,16 +201,15 @@ def class_lines(result):
 
 def difference_lines(pair):
     """What `difference` says as lines to print."""
-    lines = [f"{pair['b']} - {pair['a']}"]
-    for name, diff, ends, gain in (("AUROC", pair["macro_auroc_diff"], pair["macro_auroc_diff_ci"],
-                                    pair["macro_auroc_gain_percent"]),
-                                   ("AUPRC", pair["macro_auprc_diff"], pair["macro_auprc_diff_ci"],
-                                    pair["macro_auprc_gain_percent"])):
-        if gain is not None:
-            lines.append(f"  {name} {diff:+.4f} ({ends[0]:+.4f} to {ends[1]:+.4f}), {gain:+.1f} %")
+    auroc = (pair["macro_auroc_diff"], *pair["macro_auroc_diff_ci"],
+             pair["macro_auroc_gain_percent"])
+    auprc = (pair["macro_auprc_diff"], *pair["macro_auprc_diff_ci"],
+             pair["macro_auprc_gain_percent"])
+    lines = ["  {} {:+.4f} ({:+.4f} to {:+.4f}), {:+.1f} %".format(name, *values)
+             for name, values in (("AUROC", auroc), ("AUPRC", auprc)) if None not in values]
     most = [f"{name} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}"
             for name, d in pair["classes"].items()]
-    return [*lines, f"  largest (AUROC, AUPRC): {', '.join(most)}"]
+    return [f"{pair['b']} - {pair['a']}", *lines, f"  largest (AUROC, AUPRC): {', '.join(most)}"]
 
 
 def write_json(path, value):
@@ -226,18 +218,16 @@ def write_json(path, value):
 
 
 # -------------------------------------------------------------------------------------- predictions
-
 def take(x, rows, device):
-    """x[rows] in float32 on the device, without waiting for a busy GPU; x: the cache's memory map,
-    or a tensor on the device."""
+    """x[rows] in float32 on the device, without waiting for it; x: an array or a tensor there."""
     if isinstance(x, torch.Tensor):
         return x.index_select(0, torch.from_numpy(rows).to(device, non_blocking=True)).float()
     return torch.from_numpy(x[rows]).to(device, non_blocking=True).float()
 
 
 def infer(forward, x, rows, device, amp=None):
-    """`forward` of x[rows] in batches, without gradients -> float32 (n, ...) on the CPU. amp: None
-    for float32, or the dtype of autocast."""
+    """`forward` of x[rows] in batches, without gradients -> float32 (n, ...). amp: the dtype of
+    autocast, or None for float32."""
     device = torch.device(device)
     size = 256 if device.type == "cuda" else 64
     autocast = torch.autocast(device.type, amp, enabled=amp is not None)
@@ -257,7 +247,7 @@ def pick_device(name):
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     known = ["cpu", *["cuda"] * bool(gpus), *(f"cuda:{i}" for i in range(gpus))]
     if name and name not in known:
-        raise InputError(f"--device {name}: wanted {', '.join(known)}, which there are here")
+        raise InputError(f"--device {name}: there are {', '.join(known)}")
     return torch.device(name or ("cuda" if gpus else "cpu"))
 
 
@@ -266,17 +256,16 @@ def load_model(path, device="cpu"):
     checkpoint = network.read_checkpoint(path)
     lists = [checkpoint.get(key) for key in ("classes", "leads")]
     if not all(isinstance(names, list) and {*map(type, names)} == {str} for names in lists):
-        raise InputError(f"{path}: does not name its classes and leads; wanted a checkpoint of "
-                         "post_train.py (the official weights are not yet a model of a task: train "
-                         "first)")
+        raise InputError(f"{path}: names no classes and leads; wanted a checkpoint of post_train.py"
+                         " (the official weights are not yet a model of a task)")
     model = network.ecgfounder(*map(len, lists))
     network.load_state(model, checkpoint["state_dict"], path)
     return checkpoint, model.to(device).eval()
 
 
 def predict(checkpoint, model, labels, signals, device):
-    """Predict records -> dict of arrays: ecg_id, patient_id, classes, y_true, y_prob, features
-    (N, 1024), with the classes that the labels and the checkpoint share, by name."""
+    """Predict records -> dict of arrays: ecg_id, patient_id, classes (those that labels and
+    checkpoint share, by name), y_true, y_prob, features (N, 1024)."""
     shared = [c for c in labels.classes if c in checkpoint["classes"]]
     features = infer(model.forward_features, signals, labels.row, device)
     logits = infer(model.head, features, np.arange(len(features)), device)
@@ -287,8 +276,7 @@ def predict(checkpoint, model, labels, signals, device):
 
 
 def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadable=False):
-    """`predict` the records of `folds` with a checkpoint. root, task: of another dataset than the
-    one it was trained on."""
+    """`predict` the records of `folds`. root, task: of another dataset than the checkpoint's."""
     checkpoint, model = load_model(path, device)
     root, task = root or checkpoint["data"], task or checkpoint["task"]
     skip = skip_unreadable or checkpoint.get("args", {}).get("skip_unreadable", False)
@@ -303,12 +291,11 @@ def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadab
 
 
 def shared_classes(names, lists):
-    """The classes that all lists have, in the order of the first; prints the others. names: whose
-    lists they are."""
+    """The classes that all lists have, in the order of the first; prints those left out."""
     shared = [c for c in lists[0] if all(c in classes for classes in lists)]
     if not shared:
-        raise InputError(f"{' and '.join(names)}: no class in common (the first has {lists[0][0]} "
-                         "and so on); wanted the same names for the same classes")
+        raise InputError(f"{' and '.join(names)}: no class in common; wanted the same names (the "
+                         f"first has {lists[0][0]})")
     for name, classes in zip(names, lists):
         if len(classes) > len(shared):
             print(f"classes left out of {name}:", *(c for c in classes if c not in shared))
@@ -316,8 +303,8 @@ def shared_classes(names, lists):
 
 
 def load_predictions(path):
-    """Predictions of any model from an .npz -> dict of y_true, y_prob, classes, and ecg_id and
-    patient_id, which may be None. Nothing is unpickled."""
+    """Predictions of any model from an .npz, as the top of this file says -> dict, with None for
+    ecg_id and patient_id if they are missing. Nothing is unpickled."""
     try:
         with np.load(path, allow_pickle=False) as z:
             p = {"ecg_id": None, "patient_id": None, **z}
@@ -332,9 +319,8 @@ def load_predictions(path):
     except FileNotFoundError:
         raise
     except Exception as error:  # NumPy and zipfile raise many types; object arrays are refused here
-        raise InputError(f"{path}: cannot be read as predictions ({error}); wanted an .npz of "
-                         "y_true (N, L) of 0 and 1, y_prob (N, L) from 0 to 1, classes (L,), each "
-                         "once, and optionally ecg_id and patient_id (N,)") from None
+        raise InputError(f"{path}: cannot be read as predictions ({error}); wanted y_true (N, L) "
+                         "of 0 and 1, y_prob (N, L) from 0 to 1, classes (L,), each once") from None
     p["y_true"] = p["y_true"].astype(np.uint8)
     if p["patient_id"] is not None:     # each unknown one is its own
         unknown = list(map(data.is_unknown, p["patient_id"]))
@@ -343,14 +329,13 @@ def load_predictions(path):
 
 
 # --------------------------------------------------------------------------------------- comparison
-
 def in_order(name, p, ecg_id, classes):
     """The predictions of the model `name` for these records and classes, in this order."""
     ids = [] if p["ecg_id"] is None or ecg_id is None else p["ecg_id"].tolist()
     place = {value: i for i, value in enumerate(ids)}
     if not ids or len(place) < len(ids) or place.keys() != {*ecg_id.tolist()}:
-        raise InputError(f"{name}: its {len(p['y_true'])} records are not those of the first file, "
-                         "each once, by ecg_id; wanted the same in both")
+        raise InputError(f"{name}: its {len(p['y_true'])} records are not those of the first file; "
+                         "wanted the same, each once, by ecg_id")
     rows, columns = [place[value] for value in ecg_id.tolist()], p["classes"].tolist()
     at = np.ix_(rows, [columns.index(c) for c in classes])
     return {"y_true": p["y_true"][at], "y_prob": p["y_prob"][at], "classes": classes,
@@ -365,8 +350,8 @@ def compare(names, models):
     for name, p in zip(names, models):
         differ = np.argwhere(p["y_true"] != models[0]["y_true"])
         if len(differ):
-            raise InputError(f"{name}: {shared[differ[0][1]]} of ecg_id {ecg_id[differ[0][0]]} is "
-                             f"not as in {names[0]}; wanted the same labels")
+            raise InputError(f"{name}: has another label of {shared[differ[0][1]]} for ecg_id "
+                             f"{ecg_id[differ[0][0]]} than {names[0]}")
     patients = next((p["patient_id"] for p in models if p["patient_id"] is not None), None)
     scores = [score({**p, "patient_id": patients}) for p in models]
     reports = map(report, scores, models)
@@ -376,7 +361,6 @@ def compare(names, models):
 
 
 # ------------------------------------------------------------------------------------- single ECGs
-
 def find_records(paths):
     """WFDB records by their paths, with or without an extension, and all those in folders, but
     what a Mac leaves there, and segments of other records."""
@@ -411,16 +395,8 @@ def predict_record(checkpoint, model, record, device):
     return total / n, n, "; ".join(said)
 
 
-def thresholds_of(checkpoint):
-    """The thresholds (L,); NaN where one is unknown or rests on few positives of fold 9."""
-    nothing = [np.nan] * len(checkpoint["classes"])
-    few = np.array(checkpoint.get("positives", nothing)) < FEW
-    return np.where(few, np.nan, checkpoint.get("thresholds", nothing))
-
-
-def record_lines(checkpoint, prob, top=5):
+def record_lines(classes, limits, prob, top=5):
     """The most probable classes and all that reach their threshold, as lines to print."""
-    classes, limits = checkpoint["classes"], thresholds_of(checkpoint)
     width = max(map(len, [*classes, "class"]))
     lines = [f"{'class':{width}}  probability  threshold"]
     for rank, i in enumerate(np.argsort(-prob, kind="stable")):
@@ -431,10 +407,9 @@ def record_lines(checkpoint, prob, top=5):
     return lines
 
 
-def write_table(path, checkpoint, found):
+def write_table(path, classes, limits, found):
     """A csv with a row for each (record, probabilities, number of windows, notes)."""
-    classes, limits = np.array(checkpoint["classes"]), thresholds_of(checkpoint)
-    text = io.StringIO()
+    text, classes = io.StringIO(), np.array(classes)
     csv.writer(text).writerows([["record", "windows", "notes", "above_threshold", *classes], *(
         [record, n, notes, ";".join(classes[prob >= limits]), *(f"{value:.6g}" for value in prob)]
         for record, prob, n, notes in found)])
@@ -472,14 +447,12 @@ def plot_record(record, leads, caption, path):
 
 
 # ------------------------------------------------------------------------------------- command line
-
 def check(args):
     """Raise InputError for what would be found out after the work."""
-    pictures, out = (".png", ".pdf", ".svg"), (".csv",) if args.record else (".npz",)
-    for path, endings in ((args.out, out), (args.json, (".json",)), (args.plot, pictures)):
-        if path and (Path(path).suffix not in endings or not Path(path).parent.is_dir()):
-            raise InputError(f"{path}: cannot be written; wanted a name that ends in "
-                             f"{' or '.join(endings)} in an existing folder")
+    out = (".csv",) if args.record else (".npz",)
+    for path, ends in ((args.out, out), (args.json, (".json",)), (args.plot, (".png", ".pdf"))):
+        if path and (Path(path).suffix not in ends or not Path(path).parent.is_dir()):
+            raise InputError(f"{path}: wanted a {' or '.join(ends)} file in an existing folder")
     if len(args.models) > 1 and (args.out or args.record):
         raise InputError("--out and --record go with one file; give one")
 
@@ -487,22 +460,20 @@ def check(args):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
-    add("models", metavar="FILE", nargs="+",
-        help="checkpoints of post_train.py, or predictions (.npz) of any model; several are "
-             "compared")
+    add("models", metavar="FILE", nargs="+", help="checkpoints of post_train.py, or predictions "
+        "(.npz) of any model; several are compared")
     add("--fold", nargs="+", metavar="K", choices=[*map(str, range(1, 11)), "all"], default=[],
         help="folds, or all (default: 10, the test fold)")
     add("--data", help="folder of the dataset (default: the one the checkpoint was trained on)")
     add("--task", help="a task or .csv table other than the checkpoint's; classes match by name")
     add("--out", help="where to write the predictions (default: predictions.npz, with --fold 9 "
-                      "predictions-9.npz, beside the checkpoint; of several records records.csv)")
+        "predictions-9.npz, beside the checkpoint; of several records records.csv)")
     add("--features", action="store_true", help="write the network's features (N, 1024), too")
     add("--json", metavar="FILE", help="also write the scores as JSON")
-    add("--record", metavar="PATH", nargs="+",
-        help="predict these WFDB records, or all in a folder, instead")
+    add("--record", metavar="PATH", nargs="+", help="predict these WFDB records or folders instead")
     add("--plot", metavar="FILE.png", help="with one --record: draw the ECG")
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
+    add("--skip-unreadable", action="store_true", help="leave out records that cannot be used")
     return parser.parse_args(argv)
 
 
@@ -539,8 +510,13 @@ def run_records(args, device):
     """Predict single ECGs of any source, sampling rate and length, by windows of 10 s."""
     path, records, found, unusable = args.models[0], find_records(args.record), [], []
     if args.plot and records[1:]:
-        raise InputError(f"--plot draws one record, {len(records)} were given; give one")
+        raise InputError(f"--plot draws one record, {len(records)} were given")
     checkpoint, model = load_model(path, device)
+    classes = checkpoint["classes"]
+    # No thresholds that are unknown or rest on few positives of fold 9.
+    nothing = [np.nan] * len(classes)
+    few = np.array(checkpoint.get("positives", nothing)) < FEW
+    limits = np.where(few, np.nan, checkpoint.get("thresholds", nothing))
     for record in tqdm(records, "predict", unit="record", disable=None if records[1:] else True):
         try:
             found.append((record, *predict_record(checkpoint, model, record, device)))
@@ -549,17 +525,17 @@ def run_records(args, device):
     if not found:
         raise unusable[0]
     _, prob, n, notes = found[0]
-    lines = record_lines(checkpoint, prob)
+    lines = record_lines(classes, limits, prob)
     if args.plot:
         caption = ",  ".join(" ".join(line.split()[:2]) for line in lines[1:6])
         plot_record(records[0], checkpoint["leads"], caption, args.plot)
-    if len(records) == 1:
+    if not records[1:]:
         print(*lines, f"mean of {n} windows of 10 s", *[notes] * bool(notes), sep="\n")
-    if len(records) > 1 or args.out:
+    if records[1:] or args.out:
         out = args.out or Path(path).with_name("records.csv")
-        write_table(out, checkpoint, found)
-        print(f"{out}: {len(found):,} records, {len(checkpoint['classes'])} classes, notes on "
-              f"{sum(bool(notes) for *_, notes in found):,} records")
+        write_table(out, classes, limits, found)
+        noted = sum(bool(notes) for *_, notes in found)
+        print(f"{out}: {len(found):,} records, {len(classes)} classes, notes on {noted:,} records")
     if unusable:
         raise InputError(f"{unusable[0]}; {len(unusable)} of {len(records)} records cannot be "
                          f"used, the others are in {out}")

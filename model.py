@@ -47,13 +47,10 @@ class WeightsError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------ network
-
 class SameConv1d(nn.Module):
-    """1-D convolution with "SAME" padding: (B, C, T) -> (B, out_channels, ceil(T / stride)).
-
-    Of the p zeros, p // 2 go on the left and the rest on the right. They are added explicitly: on
-    CPUs with AMX, oneDNN computes some convolutions with built-in padding wrongly in bfloat16
-    (pytorch/pytorch#169688)."""
+    """1-D convolution with "SAME" padding: (B, C, T) -> (B, out_channels, ceil(T / stride)). Of the
+    p zeros, p // 2 go on the left. They are added explicitly: on CPUs with AMX, oneDNN computes some
+    convolutions with built-in padding wrongly in bfloat16 (pytorch/pytorch#169688)."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1):
         super().__init__()
@@ -110,14 +107,13 @@ class Block(nn.Module):
 
 
 class ECGFounder(nn.Module):
-    """The published network, with its checkpoint's parameter names, randomly initialized. The
-    BatchNorm layers that it defines but never applies are omitted.
+    """The published network, with its checkpoint's parameter names, randomly initialized; without
+    the BatchNorm layers that it defines but never applies.
 
     in_channels: the number of leads; the official releases have 12, or 1 (lead I). drop_path,
     0 <= p < 1: fraction of each batch that skips a residual branch in training; the same in every
     block ("constant") or growing from 0 in the first of the 20 blocks to p in the last ("linear").
-    dropout, 0 <= p < 1: of the pooled features. levels: (channels, blocks) of each. Raises
-    ValueError for other rates or modes."""
+    dropout, 0 <= p < 1: of the pooled features. Raises ValueError for other rates or modes."""
 
     def __init__(self, n_classes, in_channels=12, drop_path=0.0, drop_path_mode="constant",
                  dropout=0.0, levels=LEVELS):
@@ -166,7 +162,6 @@ ecgfounder = ECGFounder
 
 
 # ------------------------------------------------------------------------------------------ weights
-
 def read_checkpoint(path):
     """Read a checkpoint -> dict with at least `state_dict`, on the CPU; a `model_state_dict`, or a
     bare state_dict, becomes one, and a prefix that a wrapper gave all keys goes. No code in the

@@ -42,58 +42,52 @@ from data import InputError
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 PREVIEW_STEPS = 200
 SHARES = (0.0, 0.25, 0.5, 0.75)     # interpolation weights: 0 is the probe, 1 the last epoch
-FREE_ARGUMENTS = ("resume", "out", "data", "device", "graph")   # may change on --resume
+# What may change on --resume; the task's records, labels and classes are compared.
+FREE_ARGUMENTS = ("resume", "out", "data", "task", "device", "graph")
 SAVE_EVERY = 60     # seconds between checkpoints, unless an epoch takes longer
 
 # ------------------------------------------------------------------------------------------- recipe
-
 # What --strategy post and --strategy baseline do; every row is an option. Sources of the values:
 # community, a third-party re-implementation, as the paper's own were not available; official,
 # ECGFounder's fine-tuning recipe, which has no probe; ours, tuned on fold 9 or chosen untuned.
-RECIPE = {  # name: (post, baseline, sources and what it is)
-    "probe_epochs": (None, 0, "ours: about 200 steps, or 30 epochs if no fine-tuning follows"),
-    "probe_lr": (1e-3, 1e-3, "ours: learning rate of the probe, by cosine to 0"),
+RECIPE = {  # name: (post, baseline, what it is and the sources, one of them if it is both's)
+    "probe_epochs": (None, 0, "auto: about 200 steps, or 30 epochs without fine-tuning; ours"),
+    "probe_lr": (1e-3, 1e-3, "learning rate of the probe, by cosine to 0; ours"),
     "probe_weight_decay": (0.1, 0.1, "community"),
-    "epochs": (30, 30, "community; ours: epochs of fine-tuning"),
-    "lr": (5e-4, 1e-4, "community; official: learning rate of fine-tuning"),
-    "final_lr": (1e-5, 0.0, "community: where the cosine ends"),
-    "schedule": ("cosine", "plateau", "community; official: cosine, or plateau: divided by ten "
-                                      "when the validation AUROC stalls for over ten epochs"),
-    "optimizer": ("adamw", "adam", "community; official: adamw, with no weight decay of vectors, "
-                                   "or adam"),
+    "epochs": (30, 30, "of fine-tuning; community; ours"),
+    "lr": (5e-4, 1e-4, "learning rate of fine-tuning; community; official"),
+    "final_lr": (1e-5, 0.0, "where the cosine ends; community"),
+    "schedule": ("cosine", "plateau", "plateau: divided by 10 when the validation AUROC stalls for "
+                                      "over 10 epochs; community; official"),
+    "optimizer": ("adamw", "adam", "adamw: with no weight decay of vectors; community; official"),
     "weight_decay": (0.05, 1e-5, "community; official"),
-    "clip": (1.0, math.inf, "ours; official: largest norm of the gradient"),
-    "drop_path": (0.5, 0.0, "community; official: share of residual branches dropped"),
-    "drop_path_mode": ("constant", "constant", "ours, as the paper's is unknown: constant, or "
-                                               "linear: growing with depth"),
-    "dropout": (0.05, 0.0, "community; official: before the head"),
-    "batch_size": (32, 256, "ours; official: ECGs per step, over all devices"),
-    "interpolate": (True, False, "ours: at the end also validate weights between the probe's and "
-                                 "the last epoch's"),
+    "clip": (1.0, math.inf, "largest norm of the gradient; ours; official"),
+    "drop_path": (0.5, 0.0, "share of residual branches dropped; community; official"),
+    "drop_path_mode": ("constant", "constant", "linear: growing with depth; ours"),
+    "dropout": (0.05, 0.0, "before the head; community; official"),
+    "batch_size": (32, 256, "ECGs per step, over all devices; ours; official"),
+    "interpolate": (True, False, "at the end try weights between the probe's and the last; ours"),
 }
 CHOICES = {"schedule": ("cosine", "plateau"), "optimizer": ("adamw", "adam"),
            "drop_path_mode": network.MODES}
-
-
 Stage = namedtuple("Stage", "name epochs lr final_lr schedule optimizer weight_decay clip")
 
 
 def stages_of(args, steps):
     """The two Stages of a run with `steps` steps per epoch."""
-    probe_epochs = args.probe_epochs
-    if probe_epochs is None:
-        # Few, as it is a preview: a head that fits the pretrained features closely leaves
-        # fine-tuning little incentive to improve them (Ren et al. 2023).
-        probe_epochs = min(30, max(1, round(PREVIEW_STEPS / steps))) if args.epochs else 30
-    probe = Stage("probe", probe_epochs, args.probe_lr, 0.0, "cosine", "adamw",
-                  args.probe_weight_decay, math.inf)
-    return probe, Stage("finetune", args.epochs, args.lr, args.final_lr, args.schedule,
-                        args.optimizer, args.weight_decay, args.clip)
+    # A preview is short: a head that fits the pretrained features closely leaves fine-tuning little
+    # incentive to improve them (Ren et al. 2023).
+    preview = min(30, max(1, round(PREVIEW_STEPS / steps))) if args.epochs else 30
+    epochs = preview if args.probe_epochs is None else args.probe_epochs
+    return (Stage("probe", epochs, args.probe_lr, 0.0, "cosine", "adamw", args.probe_weight_decay,
+                  math.inf),
+            Stage("finetune", args.epochs, args.lr, args.final_lr, args.schedule, args.optimizer,
+                  args.weight_decay, args.clip))
 
 
 def learning_rates(stage, epoch, steps, aurocs):
-    """The learning rate of each step of an epoch, counted from 0, after epochs with these
-    validation AUROCs. Stateless, so that resuming needs no scheduler."""
+    """The learning rate of each step of an epoch, which is counted from 0, after epochs with these
+    validation AUROCs. It has no state, so that resuming needs none."""
     if stage.schedule == "plateau":
         optimizer = torch.optim.SGD([torch.zeros(1)], stage.lr)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", patience=10)
@@ -115,7 +109,6 @@ def make_optimizer(stage, parameters):
 
 
 # ------------------------------------------------------------------------------------ seeds, splits
-
 def epoch_seed(seed, stage, epoch, stream=0):
     """A separate seed for each epoch, so that a resumed run draws what an uninterrupted one draws.
     stream: 0 for the batch order, 1 + rank for a process's dropout and drop path."""
@@ -137,12 +130,6 @@ def place():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(text):
-    """Print once, not in every process."""
-    if place()[0] == 0:
-        print(text, flush=True)
-
-
 class Split(NamedTuple):
     x: object           # the cache's memory map (N, leads, 5000), or a tensor on the device
     rows: np.ndarray    # (n,), record i is x[rows[i]]
@@ -156,9 +143,8 @@ class Split(NamedTuple):
 
 
 def make_split(signals, labels, device):
-    """A Split; its signals are in the GPU's memory, if there is a GPU with room for them."""
+    """A Split; its signals are on the GPU if they fit into a quarter of its free memory."""
     y, n = torch.from_numpy(labels.y).float().to(device), len(labels.row)
-    # Three quarters are left to activations and the optimizer.
     if device.type != "cuda" or n * signals[0].nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return Split(signals, labels.row, y)
     x = torch.empty((n, *signals.shape[1:]), dtype=torch.float16, device=device)
@@ -174,19 +160,19 @@ def choose_records(args, labels):
     sizes, positives = [len(part.row) for part in (train, val, test)], val.y.sum(0)
     if min(sizes) < place()[1] or not ((0 < positives) & (positives < len(val.row))).any():
         raise InputError(f"{args.task}: {sizes} records in folds 1-8, 9 and 10; wanted some in "
-                         "each, and in fold 9 both positives and negatives of a class")
+                         "each, and positives and negatives of a class in fold 9: give a column "
+                         "`fold`, or more records")
     if data.is_own(args.task):
-        say(f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
+        print(f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
     train = train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed))
     a, b, c = (set(part.patient_id.tolist()) for part in (train, val, test))
     if a & b | a & c | b & c:
-        say(f"{len(a & b | a & c | b & c)} patients are in more than one of training, validation "
+        print(f"{len(a & b | a & c | b & c)} patients are in more than one of training, validation "
             "and test: the scores will be optimistic")
     return train, val
 
 
 # ----------------------------------------------------------------------------------- the two stages
-
 def train(args, device, labels, signals):
     """Train both stages, or what is left of them; writes the run's files to args.out."""
     chosen = choose_records(args, labels)
@@ -373,7 +359,6 @@ def interpolate(run, val_split):
 
 
 # ------------------------------------------------------------------------------------ a run's files
-
 class Run:
     """A run in progress: its network, the lines of metrics.jsonl so far, and its checkpoints."""
 
@@ -390,7 +375,7 @@ class Run:
                                         args.drop_path_mode, args.dropout)
         origin = self.go_on() or self.load_pretrained()
         self.model.to(device)
-        say(f"{args.task}, {len(train.row):,} records to train and {len(val.row):,} to validate "
+        print(f"{args.task}, {len(train.row):,} records to train and {len(val.row):,} to validate "
             f"on, batch {min(args.batch_size, len(train.row))}, {origin}, {world} x {device}, amp "
             f"{args.amp}, seed {args.seed}")
 
@@ -401,7 +386,13 @@ class Run:
         if not self.args.resume or path is None:
             return None
         self.states = network.read_checkpoint(path)
-        check_same_run(self.args, self.states, self.described, path)
+        before = {**self.states.get("args", {}), **self.states}
+        changed = [f"{key} was {before.get(key)}, now {value}"
+                   for key, value in {**vars(self.args), **self.described}.items()
+                   if key not in FREE_ARGUMENTS and before.get(key) != value]
+        if changed:
+            raise InputError(f"{path}: this run cannot be resumed ({'; '.join(changed)[:400]}); "
+                             "give the same arguments and data, or another --out")
         network.load_state(self.model, self.states["state_dict"], path)
         self.history = self.states["history"]
         return f"resumed after {self.history[-1]['stage']} epoch {self.history[-1]['epoch']}"
@@ -437,7 +428,7 @@ class Run:
         if place()[0] == 0:
             with data.whole_file(Path(self.args.out, "metrics.jsonl")) as f:
                 f.write("".join(json.dumps(line) + "\n" for line in self.history).encode())
-        say("  ".join(f"{key.removeprefix('macro_')} {value:.4g}" if key != "stage" else value
+        print("  ".join(f"{key.removeprefix('macro_')} {value:.4g}" if key != "stage" else value
                       for key, value in self.history[-1].items()))
 
     def save(self, name, line, state_dict=None, **states):
@@ -462,29 +453,14 @@ def save_checkpoint(path, checkpoint):
                              " and continue with --resume") from None
 
 
-def check_same_run(args, last, described, path):
-    """Raise InputError unless the checkpoint `last` has these arguments, classes and records."""
-    changed = [f"{key} was {before.get(key)}, now {value}"
-               for before, now in ((last.get("args", {}), vars(args)), (last, described))
-               for key, value in now.items()
-               if key not in FREE_ARGUMENTS and before.get(key) != value]
-    if changed:
-        raise InputError(f"{path}: this run cannot be resumed ({'; '.join(changed)[:400]}); give "
-                         "the same arguments and data, or another --out")
-
-
 # ------------------------------------------------------------------------------------- command line
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add = parser.add_argument
     add("--task", required=True,
         help=f"one of {', '.join(data.TASKS)}, or a .csv table of your own (see README)")
     add("--frac", type=float, default=1.0, help="fraction of the training records (default: 1)")
-    add("--data", default="ptbxl", help="the dataset's folder (default: ptbxl)")
-    add("--leads", default=",".join(data.LEADS), help="such as II,V1,V5 (default: all twelve)")
-    add("--preprocess", choices=data.PREPROCESSING, default="filter",
-        help="default: filter, as ECGFounder's authors require")
+    data.add_options(add)
     add("--weights", default=network.OFFICIAL,
         help=f"checkpoint to start from, or none (default: {network.OFFICIAL})")
     add("--out", help="folder of the run (default: runs/<task>-frac<f>-<strategy>-seed<s>)")
@@ -495,12 +471,11 @@ def parse(argv):
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--graph", action="store_true", help="on one GPU: take the steps as a CUDA graph")
-    add("--skip-unreadable", action="store_true", help="leave out records that cannot be read")
     for name, (post, baseline, text) in RECIPE.items():
         kind = {"type": type(baseline), "choices": CHOICES.get(name)}
         if isinstance(post, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        values = f" (default: {post}; with --strategy baseline {baseline})".replace("None", "that")
+        values = f" (default: {post}; with --strategy baseline {baseline})".replace("None", "auto")
         add(f"--{name.replace('_', '-')}", **kind, help=text + values)
     args = parser.parse_args(argv)
     for name, (post, baseline, _) in RECIPE.items():
@@ -537,12 +512,14 @@ def post_train(args):
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    if rank:
+        sys.stdout = open(os.devnull, "w")      # one process prints
     args.amp = args.amp or ("fp16" if device.type == "cuda" else "off")
     args.data, args.leads = os.path.abspath(args.data), list(data.parse_leads(args.leads))
     if data.is_own(args.task):
         args.task = os.path.abspath(args.task)
     if (out / "test.json").exists():
-        say(f"{out}: a run is finished there, see test.json; no arguments were compared")
+        print(f"{out}: a run is finished there, see test.json; no arguments were compared")
         return
     out.mkdir(parents=True, exist_ok=True)
     # One process of a machine builds the cache, before they form a group, which has a timeout.
@@ -573,7 +550,7 @@ def finish(args, device, labels, signals):
     save_checkpoint(path, checkpoint)
     result = evaluate.report(evaluate.score(test), test)
     evaluate.write_json(Path(args.out, "test.json"), result)
-    say(evaluate.macro_line("best.pt on fold 10", result))
+    print(evaluate.macro_line("best.pt on fold 10", result))
 
 
 def main(argv=None):

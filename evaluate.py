@@ -388,9 +388,9 @@ def predict_record(checkpoint, model, record, device):
         prob = infer(model, np.stack(signals), np.arange(len(signals)), device)
         total, n = total + probabilities(prob).sum(0), n + len(signals)
         lacking += [note["lacking"] for note in notes if note["lacking"]]
-    empty, derived = notes[0]["windows"] - n, notes[0]["derived"]
-    said = [f"{empty} windows have no signal"] * bool(empty)
-    said += [f"{len(lacking)} lack {lacking[0]}" for _ in lacking[:1]]
+    windows, derived = notes[0]["windows"], notes[0]["derived"]
+    said = [f"{windows - n} of {windows} windows have no signal"] * (n < windows)
+    said += [f"{len(lacking)} of {windows} windows lack {what}" for what in lacking[:1]]
     said += [f"{derived} derived from I and II"] * bool(derived)
     return total / n, n, "; ".join(said)
 

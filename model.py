@@ -48,8 +48,8 @@ class WeightsError(ValueError):
 
 # ------------------------------------------------------------------------------------------ network
 class SameConv1d(nn.Module):
-    """1-D convolution with "SAME" padding: (B, C, T) -> (B, out_channels, ceil(T / stride)). Of the
-    p zeros, p // 2 go on the left. They are added explicitly: on CPUs with AMX, oneDNN computes some
+    """1-D convolution with "SAME" padding: (B, C, T) -> (B, out_channels, ceil(T / stride)). Of p
+    zeros, p // 2 go on the left. They are added explicitly: on CPUs with AMX, oneDNN computes some
     convolutions with built-in padding wrongly in bfloat16 (pytorch/pytorch#169688)."""
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, groups=1):

@@ -1,0 +1,251 @@
+"""Records, tables and weights as people have them: read right, refused in one line, or noted."""
+import io
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import wfdb
+from scipy.io import savemat
+
+import data
+import evaluate
+import model as network
+from helpers import read_csv
+
+LEADS = data.LEADS
+
+
+@pytest.fixture(scope="module")
+def ecg(demo_set):
+    """One ECG in whole microvolts, (12, 5000), as a .dat file holds it."""
+    signal, _ = data.read_record(demo_set / "records500/00000/00001_hr")
+    return np.round(1000 * signal).astype("<i2")
+
+
+def write_header(path, *lines):
+    Path(f"{path}.hea").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    return path
+
+
+def write(path, d, names=LEADS, gain="1000(0)/mV", first="{} {} 500 {}", end=""):
+    """Samples (leads, n) as a WFDB record, its header by hand."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    d.T.astype("<i2").tofile(f"{path}.dat")
+    lines = [f"{path.name}.dat 16 {gain} 16 0 0 {int(lead.sum(dtype=int)) % 65536} 0 {name}"
+             for lead, name in zip(d, names)]
+    return write_header(path, first.format(path.name, len(names), d.shape[1]), *lines, end)
+
+
+def write_frames(path, d, k):
+    """The same with k samples of each lead in a frame, beside a slower signal."""
+    n = d.shape[1] // k
+    frames = [lead.reshape(n, k) for lead in d] + [np.zeros((n, 1), "<i2")]
+    np.concatenate(frames, 1).astype("<i2").tofile(f"{path}.dat")
+    lines = [f"{path.name}.dat 16x{k} 1000(0)/mV 16 0 0 0 0 {lead}" for lead in LEADS]
+    return write_header(path, f"{path.name} 13 {500 / k:g} {n}", *lines,
+                        f"{path.name}.dat 16 1000/NU 16 0 0 0 0 RESP")
+
+
+def write_segments(path, d, *gains):
+    """The same in as many segments as there are gains."""
+    parts = np.split(d, len(gains), 1)
+    for i, (part, gain) in enumerate(zip(parts, gains)):
+        write(path.with_name(f"part{i}"), part, gain=gain)
+    lines = [f"part{i} {part.shape[1]}" for i, part in enumerate(parts)]
+    return write_header(path, f"{path.name}/{len(gains)} 12 500 {d.shape[1]}", *lines)
+
+
+VOLTS = "1000000(0)/V"
+SPANISH = ["DI", "D2", "diii", *LEADS[3:]]
+SAID = ["Lead I", "ECG II", "MDC_ECG_LEAD_III", "lead_aVR", "EKG aVL", "AVF", *LEADS[6:]]
+
+
+@pytest.mark.parametrize("make", [
+    lambda path, d: write(path, d),
+    lambda path, d: write(path, d, SAID),
+    lambda path, d: write(path, d, SPANISH),
+    lambda path, d: write(path, d[::-1], LEADS[::-1]),
+    lambda path, d: write(path, d, gain=VOLTS, end="# 1 LSB/µV"),
+    *(lambda path, d, unit=unit: write(path, d, gain=f"1(0)/{unit}")
+      for unit in ("uV", "µV", "\u03bcV", "\udcb5V", "\udca6\udcccV")),
+    lambda path, d: write_frames(path, d, 5),
+    lambda path, d: write_frames(path, d, 500),
+    lambda path, d: write_segments(path, d, "1000/mV", "1000/mV"),
+    lambda path, d: write_segments(path, d, "1/µV", "1/µV")])
+def test_read_as_the_same_ecg(ecg, tmp_path, make):
+    signal, fs = data.read_record(make(tmp_path / "r", ecg))
+    assert fs == 500
+    np.testing.assert_allclose(signal, ecg / 1000, atol=1e-6)
+
+
+def test_a_micro_sign_in_another_channel(ecg, tmp_path):
+    path = write(tmp_path / "r", np.vstack([ecg, ecg[:1]]), [*LEADS, "EEG"], VOLTS)
+    *lines, last, _ = Path(f"{path}.hea").read_text().split("\n")
+    write_header(path, *lines, last.replace(VOLTS, "10/µV"))
+    np.testing.assert_allclose(data.read_record(path)[0], ecg / 1000, atol=1e-6)
+
+
+def test_a_missing_sample_of_a_frame(ecg, tmp_path):
+    gap = ecg.copy()
+    gap[:, 2502] = -32768
+    signal = data.read_record(write_frames(tmp_path / "r", gap, 5))[0]
+    assert np.argwhere(np.isnan(signal)).tolist() == [[lead, 2502] for lead in range(12)]
+    there = np.arange(5000) != 2502
+    np.testing.assert_allclose(signal[:, there], ecg[:, there] / 1000, atol=1e-6)
+
+
+def test_limb_leads_follow_from_two(ecg, tmp_path):
+    """By Einthoven's law and Goldberger's definitions, in microvolts here."""
+    rows = [0, 1, *range(6, 12)]
+    path = write(tmp_path / "r", ecg[rows], [LEADS[i] for i in rows])
+    i, ii = ecg[:2].astype(float)
+    want = [i, ii, ii - i, -(i + ii) / 2, i - ii / 2, ii - i / 2, *ecg[6:]]
+    np.testing.assert_allclose(1000 * data.read_record(path)[0], want, atol=1e-3)
+    assert next(data.load_windows(path))[1]["derived"] == "III, aVR, aVL, aVF"
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda path, d: write(path, d, ["ECG", "MLII", *LEADS[2:]]), ["no lead I", "MLII", "rename"]),
+    (lambda path, d: write(path, d, ["-aVR", *LEADS[1:]]), ["no lead I ", "-aVR"]),
+    (lambda path, d: write_segments(path, d, "1000/mV", "1/uV"), ["uv", "one unit"]),
+    (lambda path, d: write(path, d, first="{} {} 500 {} 10:00:00 29/13/2001"), ["line 1", "date"]),
+    (lambda path, d: write(path, d, first="{}.mat {} 500 {}"), ["line 1", "name", ".mat"]),
+    (lambda path, d: write(path, d, first="{} {} 500 0"), ["line 1", "number of samples"]),
+    (lambda path, d: write(path, d, gain="1.0E3(0)/mV"), ["line 2", "gain", "1.0E3"]),
+    (lambda path, d: np.roll(d, 1, 1).tofile(f"{write(path, d)}.dat"), ["lead I", "checksum"])])
+def test_refused(ecg, tmp_path, make, words):
+    make(tmp_path / "r", ecg)
+    with pytest.raises(data.InputError) as error:
+        next(data.load_windows(tmp_path / "r"))
+    assert all(word in str(error.value) for word in [str(tmp_path / "r"), *words]), error.value
+
+
+def test_matlab_5_is_named(ecg, tmp_path):
+    """Under a header for MATLAB 4, with the right checksums or with unknown ones."""
+    savemat(tmp_path / "r.mat", {"val": ecg})
+    write(tmp_path / "r", ecg)
+    header = (tmp_path / "r.hea").read_text().replace("r.dat 16", "r.mat 16+24")
+    for text in (header, re.sub(r" \d+ 0 (?=\w+\n)", " 0 0 ", header)):
+        with pytest.raises(data.InputError, match="MATLAB 5 file.*format='4'"):
+            data.read_record(write_header(tmp_path / "r", text))
+
+
+FLAT = np.full((12, 5000), 123)
+GONE = np.full((12, 5000), -32768)
+
+
+def paper(d):
+    """Each lead known for 2.5 s of 10."""
+    at = np.arange(5000) // 1250 == np.arange(12)[:, None] // 3
+    return np.where(at, d, -32768)
+
+
+EMPTY = {   # samples -> what --record says, None where it refuses
+    "flat": (lambda d: FLAT, None),
+    "missing": (lambda d: GONE, None),
+    "thin": (lambda d: np.where(np.arange(5000) < 50, d, GONE), None),
+    "late": (lambda d: np.hstack([GONE, d]), "1 of 2 windows have no signal"),
+    "paper": (paper, "1 of 1 windows lack 75 % of its samples"),
+    "loose": (lambda d: np.vstack([d[:10], FLAT[:2]]), "1 of 1 windows lack V5, V6"),
+    "whole": (lambda d: d, "")}
+
+
+@pytest.fixture
+def folder(ecg, tmp_path, monkeypatch):
+    """The records of EMPTY, a table of them, and what a Mac and segments leave beside them."""
+    monkeypatch.chdir(tmp_path)
+    for name, (change, _) in EMPTY.items():
+        write(Path("ecg", name), change(ecg))
+    for name in ("._whole", "__MACOSX/._whole", ".ipynb_checkpoints/whole-checkpoint"):
+        Path(f"ecg/{name}.hea").parent.mkdir(exist_ok=True)
+        Path(f"ecg/{name}.hea").write_bytes(b"\0\5\26\7Mac OS X")
+    write_segments(Path("ecg/halves"), ecg, "1000/mV", "1000/mV")
+    write(Path("ecg", "\udcb2\udca1", "name"), ecg)
+    Path("own.csv").write_text("\n".join(["record,a", *(f"{name},1" for name in EMPTY)]))
+    return tmp_path
+
+
+def test_the_cache_lists_what_it_cannot_use(folder, ecg, capsys):
+    path, notes = data.build_cache("ecg", [*EMPTY], workers=1, skip_unreadable=True)
+    assert [*notes["unreadable"]] == ["flat", "missing", "thin"]
+    assert notes["lacking"] == {"paper": "75 % of its samples", "loose": "V5, V6"}
+    assert "2 of 7 records lack a tenth" in capsys.readouterr().out
+    x, want = np.load(path), data.preprocess(np.float32(ecg / 1000), 500).astype(np.float16)
+    assert not x[:3].any() and x[3].tolist() == x[6].tolist() == want.tolist()
+    with pytest.raises(data.InputError, match="flat.*all 3.*--skip-unreadable"):
+        data.build_cache("ecg", [*EMPTY], workers=1)
+
+
+def test_record_keeps_all_predictions(folder, tiny, fails, monkeypatch):
+    """Whatever names the terminal cannot print, and whatever cannot be read beside them."""
+    checkpoint = {"classes": ["a", "病"], "leads": [*LEADS], "preprocessing": "filter",
+                  "state_dict": network.ecgfounder(2).state_dict()}
+    torch.save(checkpoint, "x.pt")
+    fails(evaluate.main, ["x.pt", "--record", "ecg"], "3 of 9 records", "records.csv")
+    rows = {row["record"]: row for row in csv_of("records.csv")}
+    assert {Path(name).name: row["notes"] for name, row in rows.items()} == {
+        **{name: notes for name, (_, notes) in EMPTY.items() if notes is not None},
+        "halves": "", "name": ""}
+    same = ("ecg/late", "ecg/whole", "ecg/halves", "ecg/x/name")
+    assert len({rows[name]["病"] for name in same}) == 1
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "latin-1"))
+    evaluate.main(["x.pt", "--record", "ecg/whole"])
+    assert b"\\u75c5" in sys.stdout.buffer.getvalue()
+
+
+def csv_of(path):
+    """Rows of a csv whose names are not all in UTF-8."""
+    Path("utf8.csv").write_bytes(Path(path).read_bytes().replace(b"\xb2\xa1", b"x"))
+    return read_csv("utf8.csv")
+
+
+def test_a_long_record_is_read_in_parts(ecg, tmp_path, monkeypatch):
+    """No more than eleven seconds at once, and only the wanted leads; the windows are the same."""
+    long = np.hstack([np.roll(ecg, 37 * i, 1) for i in range(13)])
+    path, parts, read = write(tmp_path / "r", long), [], wfdb.rdrecord
+
+    def reading(name, first, last, channels, **options):
+        parts.append((last - first, channels))
+        return read(name, first, last, channels, **options)
+
+    monkeypatch.setattr(wfdb, "rdrecord", reading)
+    windows = [window for window, _ in data.load_windows(path, "zscore", ("II", "V1"))]
+    assert {(5500, (1, 6)), (5000, (1, 6))} == {(n, tuple(channels)) for n, channels in parts}
+    assert len(windows) == 13
+    for i, window in enumerate(windows):
+        part = np.float32(long[[1, 6], 5000 * i:5000 * i + 5000] / 1000)
+        want = data.preprocess(part, 500, "zscore")
+        np.testing.assert_array_equal(window, want.astype(np.float16))
+
+
+def test_tables_of_excel(tmp_path):
+    lines = ["record,patient_id,a", *(f"r{i},p{i // 2},{i % 2}" for i in range(40))]
+    for text in ("\n".join(lines), ",,\n".join([*lines, ",,", ""]), "\n".join(["sep=,", *lines]),
+                 "\n".join(["sep=;", *lines]).replace(",", ";")):
+        (tmp_path / "own.csv").write_text(text)
+        labels = data.load_labels(tmp_path, tmp_path / "own.csv")
+        assert labels.classes == ["a"] and labels.y[:, 0].tolist() == [0, 1] * 20
+        assert len({*labels.patient_id}) == 20
+
+
+@pytest.mark.parametrize("patient", ["unknown", "Unknown", "0", "0.0", "-", "?", "anonymous"])
+def test_unknown_patients_are_each_their_own(tmp_path, patient):
+    rows = [f"r{i},{('p', patient)[i % 2]},1" for i in range(40)]
+    (tmp_path / "own.csv").write_text("\n".join(["record,patient_id,a", *rows]))
+    labels = data.load_labels(tmp_path, tmp_path / "own.csv")
+    assert len({*labels.patient_id.tolist()}) == 21 and len({*labels.fold[1::2].tolist()}) > 5
+
+
+def test_weights_of_other_programs(tiny, tmp_path):
+    state = network.ecgfounder(1).state_dict()
+    named, wrapped = ({prefix + key: value for key, value in state.items()}
+                      for prefix in ("module.", "_orig_mod.model."))
+    notebook = {"state_dict": state, "mae": np.float32(4.2), "step": np.int64(3)}
+    for saved in (notebook, named, {"model_state_dict": wrapped}):
+        torch.save(saved, tmp_path / "x.pth")
+        model = network.ecgfounder(1)
+        network.load_pretrained(model, tmp_path / "x.pth")
+        assert torch.equal(model.first_conv.conv.weight, state["first_conv.conv.weight"])

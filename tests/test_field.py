@@ -1,6 +1,7 @@
 """Records, tables and weights as people have them: read right, refused in one line, or noted."""
 import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from scipy.io import savemat
 import data
 import evaluate
 import model as network
-from helpers import read_csv
+from helpers import ROOT, read_csv, write_csv
 
 LEADS = data.LEADS
 
@@ -249,3 +250,29 @@ def test_weights_of_other_programs(tiny, tmp_path):
         model = network.ecgfounder(1)
         network.load_pretrained(model, tmp_path / "x.pth")
         assert torch.equal(model.first_conv.conv.weight, state["first_conv.conv.weight"])
+
+
+def test_the_readmes_answers(folder, ecg, demo_set):
+    """Its snippets: records from arrays, a table from codes, a number from features."""
+    readme = (ROOT / "README.md").read_text().split("## Your own ECGs")[1].split("## Copying")[0]
+    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    padded = np.pad(ecg.T[:4000] / 1000, ((50, 46), (0, 0)))
+    np.save("ecg.npy", padded)
+    for name in ("clinic", "georgia", "runs/all71-frac1-post-seed0"):
+        Path(name).mkdir(parents=True)
+    for name, codes in {"A1": "426783006", "A2": "59118001,164889003"}.items():
+        Path(f"georgia/{name}.hea").write_text(f"{name} 12 500 5000\n# Dx: {codes}\n")
+    shutil.copytree(demo_set, "ptbxl", ignore=shutil.ignore_patterns("records*", "cache"))
+    rows = [{**row, "age": 20 + i} for i, row in enumerate(read_csv("ptbxl/ptbxl_database.csv"))]
+    write_csv("ptbxl/ptbxl_database.csv", rows)
+    np.savez("runs/all71-frac1-post-seed0/predictions-all.npz",
+             ecg_id=[int(row["ecg_id"]) for row in rows[::-1]],
+             features=[[1000 * row["age"], -row["age"]] for row in rows[::-1]])
+    exec(code, found := {})
+    signal, fs = data.read_record("clinic/0001")
+    assert fs == 400
+    np.testing.assert_allclose(signal, ecg[:, :4000] / 1000, atol=1e-3)
+    assert Path("georgia.csv").read_text() == "record,SR,AFIB\nA1.hea,1,0\nA2.hea,0,1\n"
+    assert data.load_labels("georgia", "georgia.csv").record.tolist() == ["A1", "A2"]
+    test = [row["age"] for row in rows[::-1] if int(row["strat_fold"]) > 8]
+    np.testing.assert_allclose(found["age"], test, atol=0.1)

@@ -117,8 +117,8 @@ def read_table(root, task):
     table = read_csv(path, needed)
     records = [posixpath.normpath(strip_extension(cell)) for cell in table[needed[0]]]
     columns = table.get("ecg_id", records), table.get("patient_id", [""] * len(records))
-    ids, patients = ([re.sub(r"^(-?\d+)\.0$", r"\1", cell) for cell in column]
-                     for column in columns)     # without the ".0" that pandas adds
+    # without what pandas adds to numbers
+    ids, patients = ([cell.removesuffix(".0") for cell in column] for column in columns)
     patients = ["" if is_unknown(who) else who for who in patients]
     for column, names in ((needed[0], records), ("ecg_id", ids)):
         (twice, count), = Counter(names).most_common(1)
@@ -446,6 +446,8 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
     while wait and not path.exists():
         time.sleep(1)
     if not (path.exists() and about.exists()):
+        if not Path(root).is_dir():
+            raise InputError(f"{root}: no such folder; give the dataset's with --data")
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as f, whole_file(about) as g:
             notes = write_signals(f, root, made_of, workers or os.cpu_count())
@@ -523,6 +525,9 @@ def whole_file(path):
             f.flush()
             os.fsync(f.fileno())    # so that a power failure leaves no empty file under the name
         os.replace(part, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)    # a full disk names none
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -541,7 +546,7 @@ def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-
     except (InputError, OSError, *more) as error:
         status, line = 2, " ".join(str(error).split())
         if isinstance(error, OSError) and error.strerror:
-            line = f"{error.filename or 'disk'}: {error.strerror.lower()}"
+            line = f"{error.filename or 'the system'}: {error.strerror.lower()}"
     sys.stderr.write(f"{script}: {line}\n")
     sys.exit(status)
 

@@ -386,7 +386,7 @@ class Run:
         if not self.args.resume or path is None:
             return None
         self.states = network.read_checkpoint(path)
-        before = {**self.states.get("args", {}), **self.states}
+        before = {**self.states, **self.states.get("args", {})}
         changed = [f"{key} was {before.get(key)}, now {value}"
                    for key, value in {**vars(self.args), **self.described}.items()
                    if key not in FREE_ARGUMENTS and before.get(key) != value]

@@ -278,6 +278,7 @@ def read_header(path):
     record, segments, signals = header_lines(path)[0], segments_of(path), {}
     # The first segment has all signals: it is like the others, or a layout of them.
     for part in segments or [path]:
+        found = {}
         for i, (file, form, gain, numbers, name) in enumerate(header_lines(part)[1:]):
             mat = file.endswith(".mat") and np.fromfile(Path(part).with_name(file), "S10", 1)
             if mat == b"MATLAB 5.0":
@@ -287,9 +288,12 @@ def read_header(path):
             unit = re.sub(r"[^!-~]+(?=v$)", "u", gain.partition("/")[2].lower()) or "mv"
             per_frame = re.search(r"x(\d+)|$", form)[1]
             checksum = 0 if segments or ":" in form else [*numbers.split(), 0, 0, 0, 0][3]
-            found = Signal(i, int(per_frame or 1), unit, int(checksum) % 65536)
-            if signals.setdefault(lead_called(name), found).unit != unit:
-                raise InputError(f"{path}: {name} is in {unit} in a part of it; wanted one unit")
+            signal = Signal(i, int(per_frame or 1), unit, int(checksum) % 65536)
+            found.setdefault(lead_called(name), signal)
+        for lead, signal in found.items():
+            first = signals.setdefault(lead, signal)
+            if first.unit != signal.unit:
+                signals[lead] = first._replace(unit=f"{first.unit} and {signal.unit}")
     frame_rate = float(record[2].partition("/")[0]) if len(record) > 2 else 250.0
     frames = int(record[3]) if len(record) > 3 else None
     return Header(frame_rate, frames, bool(segments), signals)
@@ -309,7 +313,7 @@ def find_leads(path, header, leads):
         raise InputError(f"{path}: has leads of several sampling rates; wanted one rate")
     other = {found.unit for found in wanted.values()} - {*MILLIVOLTS}
     if other:
-        raise InputError(f"{path}: is in {', '.join(other)}; wanted mV, uV, nV or V")
+        raise InputError(f"{path}: is in {', '.join(other)}; wanted one of mV, uV, nV, V")
     return wanted, derived
 
 
@@ -414,7 +418,7 @@ def load_windows(path, how="filter", leads=LEADS):
 
 
 def what_lacks(signal, fs, leads):
-    """What a window lacks, in words: a tenth or more of its samples, or whole leads; None if no
+    """What a window lacks, in words: more than a tenth of its samples, or whole leads; None if no
     lead has a second of samples that are not all the same."""
     known = ~np.isnan(signal)
     height = np.where(known, signal, -np.inf).max(1) - np.where(known, signal, np.inf).min(1)
@@ -429,7 +433,7 @@ def what_lacks(signal, fs, leads):
 # -------------------------------------------------------------------------------------------- cache
 NOTES = {   # what is noted of records in the .json beside a cache, and said
     "unreadable": "cannot be used and are left out",
-    "lacking": "lack a tenth or more of their samples, or whole leads",
+    "lacking": "lack more than a tenth of their samples, or whole leads",
     "derived": "have leads that were derived from I and II"}
 
 
@@ -537,7 +541,8 @@ def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-
     """End the script with one line and status 2 for what the user can mend: InputError, system
     errors, and the exceptions `more`. What the terminal cannot show is printed escaped."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        with suppress(AttributeError):  # a notebook's
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
         return

@@ -111,7 +111,7 @@ def test_limb_leads_follow_from_two(ecg, tmp_path):
 @pytest.mark.parametrize("make, words", [
     (lambda path, d: write(path, d, ["ECG", "MLII", *LEADS[2:]]), ["no lead I", "MLII", "rename"]),
     (lambda path, d: write(path, d, ["-aVR", *LEADS[1:]]), ["no lead I ", "-aVR"]),
-    (lambda path, d: write_segments(path, d, "1000/mV", "1/uV"), ["uv", "one unit"]),
+    (lambda path, d: write_segments(path, d, "1000/mV", "1/uV"), ["mv and uv", "wanted one"]),
     (lambda path, d: write(path, d, first="{} {} 500 {} 10:00:00 29/13/2001"), ["line 1", "date"]),
     (lambda path, d: write(path, d, first="{}.mat {} 500 {}"), ["line 1", "name", ".mat"]),
     (lambda path, d: write(path, d, first="{} {} 500 0"), ["line 1", "number of samples"]),
@@ -173,7 +173,7 @@ def test_the_cache_lists_what_it_cannot_use(folder, ecg, capsys):
     path, notes = data.build_cache("ecg", [*EMPTY], workers=1, skip_unreadable=True)
     assert [*notes["unreadable"]] == ["flat", "missing", "thin"]
     assert notes["lacking"] == {"paper": "75 % of its samples", "loose": "V5, V6"}
-    assert "2 of 7 records lack a tenth" in capsys.readouterr().out
+    assert "2 of 7 records lack more than a tenth" in capsys.readouterr().out
     x, want = np.load(path), data.preprocess(np.float32(ecg / 1000), 500).astype(np.float16)
     assert not x[:3].any() and x[3].tolist() == x[6].tolist() == want.tolist()
     with pytest.raises(data.InputError, match="flat.*all 3.*--skip-unreadable"):

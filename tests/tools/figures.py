@@ -73,23 +73,20 @@ def draw_points(figure, runs, scores):
 def draw_stage(axis, left, title, note, color, skipped):
     """One stage: ECG, a backbone of six blocks and a head, classes."""
     t = np.linspace(0, 1, 200)
-    waves = ((7, 0.2, 0.035), (-8, 0.38, 0.012), (46, 0.42, 0.014), (-15, 0.46, 0.014),
-             (12, 0.7, 0.055))      # of a made-up beat: height, place, width
-    beat = sum(a * np.exp(-((t - c) / w) ** 2 / 2) for a, c, w in waves)
+    beat = sum(height * np.exp(-((t - x) / w) ** 2 / 2) for height, x, w in ((7, 0.2, 0.035),
+               (-8, 0.38, 0.012), (46, 0.42, 0.014), (-15, 0.46, 0.014), (12, 0.7, 0.055)))
     axis.plot(left + 4 + 74 * t, 150 + beat, color=INK, linewidth=1.3)
     axis.annotate("", (left + 364, 150), (left + 82, 150), zorder=0, arrowprops={
         "arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0})
     for i, x in enumerate(range(left + 104, left + 356, 36)):
-        height, face, line = (90, "white", ":") if i in skipped else (90, color, "-")
-        if i == 6:
-            height, face = 56, ORANGE
+        height, face = (56, ORANGE) if i == 6 else (90, color)
+        face, line = ("white", ":") if i in skipped else (face, "-")
         axis.add_patch(FancyBboxPatch((x, 150 - height / 2), 22, height, "round,pad=0,"
                                       "rounding_size=4", fc=face, ec=INK, ls=line))
         if i in skipped:
             axis.plot([x - 7, x + 29], [150, 150], color="white", linewidth=3, zorder=0.5)
             axis.plot([x - 7, x - 7, x + 29, x + 29], [150, 210, 210, 150], color=INK)
-        if face == GREY:
-            axis.text(x + 5, 144, "❄", fontsize=13, color="white")
+        axis.text(x + 5, 144, "❄" * (face == GREY), fontsize=13, color="white")
     for x, y, text, size in ((41, 102, "12-lead ECG", 9.5), (331, 102, "head", 9.5),
                              (205, 42, note, 10.5), (216, 268, title, 12.5)):
         axis.text(left + x, y, text, ha="center", fontsize=size, linespacing=1.4)
@@ -98,9 +95,7 @@ def draw_stage(axis, left, title, note, color, skipped):
 
 def draw_method(figure):
     """The two stages of post-training side by side, for the README."""
-    axis = figure.subplots()
-    axis.set(xlim=(0, 900), ylim=(20, 290))
-    axis.set_axis_off()
+    axis = figure.add_subplot(xlim=(0, 900), ylim=(20, 290), frame_on=False, xticks=(), yticks=())
     draw_stage(axis, 8, "Stage 1: preview linear probing",
                "the backbone is frozen;\nonly the new head is trained", GREY, ())
     draw_stage(axis, 470, "Stage 2: fine-tuning with stochastic depth",

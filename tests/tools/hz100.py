@@ -12,10 +12,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import data
 
-load_records = data.load_records
 
-
-def load_thinned(*args, **options):
+def load_thinned(*args, load_records=data.load_records, **options):
     labels, signals = load_records(*args, **options)
     return labels, signals[..., ::5]
 

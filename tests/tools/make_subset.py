@@ -26,8 +26,7 @@ def main(source, name, dest):
         writer = csv.DictWriter(f, list(table))
         writer.writeheader()
         for fold, patient, *cells in zip(folds, labels.patient_id, *table.values()):
-            dropped = name == "folds8-10-tenth" and fold == 9 and patient % 10
-            if fold in SETS[name] and not dropped:
+            if fold in SETS[name] and not (name.endswith("tenth") and fold == 9 and patient % 10):
                 new = (10, 9)[patient % 2] if fold == 7 else fold
                 writer.writerow({**dict(zip(table, cells)), "strat_fold": new})
     shutil.copy(source / data.STATEMENTS, dest)

@@ -26,15 +26,6 @@ def convolve(x, layer, stride=1, groups=1):
     return F.conv1d(x, layer.conv.weight, layer.conv.bias, stride, groups=groups)
 
 
-def mask(x, drop_path):
-    """n / kept for the samples that keep their branch, drawn at random, 0 for the others."""
-    n, scale = len(x), x.new_zeros(len(x), 1, 1)
-    kept = max(1, math.floor((1 - drop_path) * n + 0.5))
-    index = torch.randperm(n, device=x.device)[:kept] if kept < n else slice(n)
-    scale[index] = n / kept
-    return scale
-
-
 class PlainNet1D(network.ECGFounder):
     """Only the parameters are those of model.py's network; so it can stand in its place."""
 
@@ -49,8 +40,11 @@ class PlainNet1D(network.ECGFounder):
         out = convolve(swish(out), layers.conv3)
         gate = torch.sigmoid(layers.se_fc2(swish(layers.se_fc1(out.mean(-1)))))
         out = torch.einsum("abc,ab->abc", out, gate)
-        if self.training and drop_path:
-            out = out * mask(out, drop_path)
+        n, kept = len(x), max(1, math.floor((1 - drop_path) * len(x) + 0.5))
+        if self.training and kept < n:
+            mask = out.new_zeros(n, 1, 1)
+            mask[torch.randperm(n, device=x.device)[:kept]] = n / kept
+            out = out * mask
         if stride > 1:
             x = F.max_pool1d(F.pad(x, (0, stride - 1)), stride)
         grow = channels - x.shape[1]

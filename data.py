@@ -61,7 +61,7 @@ LEAD_OF = {lead.lower(): lead for lead in LEADS} | {    # "DII" and "D2" are lea
 DERIVED = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I, II
 RECORD_LINE = {     # of a WFDB header, its first line: what each cell must be
     "record's name": r"[-\w]+(/\d+)?", "number of signals": r"\d+", "rate": r"\d+(\.\d*)?(/\S+)?",
-    "number of samples": r"0*[1-9]\d*", "time": r"(([01]?\d|2[0-3]):)?([0-5]?\d:)?[0-5]?\d(\.\d+)?",
+    "number of samples": r"\d+", "time": r"(([01]?\d|2[0-3]):)?([0-5]?\d:)?[0-5]?\d(\.\d+)?",
     "date": r"(0?[1-9]|[12]\d|3[01])/(0?[1-9]|1[0-2])/\d{4}"}
 SIGNAL_LINE = {"file": r"~?[-\w]*(\.\w*)?", "format": r"\d+(x\d+)?(:\d+)?(\+\d+)?",
                "gain": r"(-?\d*\.?\d*(e[+-]?\d+)?(\(-?\d+\))?(/\S*)?)?"}
@@ -296,6 +296,8 @@ def read_header(path):
                 signals[lead] = first._replace(unit=f"{first.unit} and {signal.unit}")
     frame_rate = float(record[2].partition("/")[0]) if len(record) > 2 else 250.0
     frames = int(record[3]) if len(record) > 3 else None
+    if frames == 0:
+        raise InputError(f"{path}.hea: line 1: the number of samples is 0")
     return Header(frame_rate, frames, bool(segments), signals)
 
 

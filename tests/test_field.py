@@ -59,6 +59,14 @@ def write_segments(path, d, *gains):
     return write_header(path, f"{path.name}/{len(gains)} 12 500 {d.shape[1]}", *lines)
 
 
+def write_layout(path, d):
+    """The same in two segments of which the header's first line is a layout."""
+    write_segments(path, d, "1000/mV", "1000/mV")
+    write_header(path.with_name("layout"), "layout 12 500 0", *(
+        f"~ 0 1000/mV 0 0 0 0 0 {lead}" for lead in LEADS))
+    return write_header(path, f"{path.name}/3 12 500 5000", "layout 0", "part0 2500", "part1 2500")
+
+
 VOLTS = "1000000(0)/V"
 SPANISH = ["DI", "D2", "diii", *LEADS[3:]]
 SAID = ["Lead I", "ECG II", "MDC_ECG_LEAD_III", "lead_aVR", "EKG aVL", "AVF", *LEADS[6:]]
@@ -75,7 +83,8 @@ SAID = ["Lead I", "ECG II", "MDC_ECG_LEAD_III", "lead_aVR", "EKG aVL", "AVF", *L
     lambda path, d: write_frames(path, d, 5),
     lambda path, d: write_frames(path, d, 500),
     lambda path, d: write_segments(path, d, "1000/mV", "1000/mV"),
-    lambda path, d: write_segments(path, d, "1/µV", "1/µV")])
+    lambda path, d: write_segments(path, d, "1/µV", "1/µV"),
+    write_layout])
 def test_read_as_the_same_ecg(ecg, tmp_path, make):
     signal, fs = data.read_record(make(tmp_path / "r", ecg))
     assert fs == 500

@@ -2,7 +2,6 @@
 earlier files alone; hostile files run no code."""
 import os
 import pickle
-import re
 import shlex
 import shutil
 import sys
@@ -36,7 +35,7 @@ TRAIN, OWN = f"{SHORT} --task all71 --out new", f"{SHORT} --task {TABLE} --out n
 START, RESUME = f"{TRAIN} --weights {WEIGHTS}", f"{SHORT} --task all71 --out run --resume"
 BUILD, VERIFY = "data --data data --preprocess zscore", f"model --weights {WEIGHTS}"
 EVALUATE, READ = f"evaluate {BEST}", f"evaluate {BEST} --record {RECORD}"
-SCORE, COMPARE = f"evaluate {NPZ}", f"evaluate {NPZ} o.npz"
+SCORE = f"evaluate {NPZ}"
 
 
 def make_own(rows):
@@ -58,7 +57,6 @@ def pristine(tmp_path_factory):
         Path("run/test.json").unlink()
         resaved(BEST, data="data")()
         evaluate.main([str(BEST), "--out", str(NPZ)])
-        np.savez_compressed(NPZ, **np.load(NPZ))
         torch.save({"state_dict": network.ecgfounder(150).state_dict()}, WEIGHTS)
     return root
 
@@ -83,23 +81,13 @@ def refused(fails, command, *words):
     assert not [path for path in after if path.name.startswith(".")]
 
 
-# ---------------------------------------------------------------------------- what spoils the world
-
 def changed(path, change):
     return lambda: path.write_bytes(change(path.read_bytes()))
 
 
-def cell(path, column, value, folds=()):
-    """Another value of a column in row 6 of a table, or in the rows of some folds."""
-    def change(rows):
-        fold = "fold" if path == TABLE else "strat_fold"
-        for row in [row for row in rows if row[fold] in folds] or [rows[4]]:
-            row[column] = value
-    return lambda: edit_csv(path, change)
-
-
-def replaced(path, old, new):
-    return changed(path, lambda content: content.replace(old, new))
+def cell(path, column, value):
+    """Another value of a column in row 6 of a table."""
+    return lambda: edit_csv(path, lambda rows: rows[4].update({column: value}))
 
 
 def resaved(path, tensors=(), **fields):
@@ -111,13 +99,9 @@ def resaved(path, tensors=(), **fields):
     return put
 
 
-def predictions(to=NPZ, **changes):
-    """The predictions with arrays that are functions of the old ones, None: without them."""
-    def put():
-        old = dict(np.load(NPZ))
-        new = {**old, **{key: change(old[key]) for key, change in changes.items()}}
-        np.savez(to, **{key: array for key, array in new.items() if array is not None})
-    return put
+def predicted_nan():
+    p = dict(np.load(NPZ))
+    np.savez(NPZ, **{**p, "y_prob": np.where(p["y_prob"] == p["y_prob"].max(), np.nan, 0.5)})
 
 
 DAMAGE = {"missing": None, "empty": lambda old: b"", "HTML": lambda old: b"<!DOCTYPE html>404",
@@ -125,47 +109,30 @@ DAMAGE = {"missing": None, "empty": lambda old: b"", "HTML": lambda old: b"<!DOC
 DAMAGED = [     # (command, file, what the line names)
     (TRAIN, DATABASE, f"{DATABASE}"), (TRAIN, STATEMENTS, STATEMENTS.name),
     (OWN, TABLE, TABLE.name), (BUILD, DAT, f"{RECORD}, --skip-unreadable"),
-    (READ, HEA, f"{RECORD}"), (RESUME, LAST, f"{LAST}, train"),
-    (VERIFY, WEIGHTS, f"{WEIGHTS}, model.py --download"), (SCORE, NPZ, f"{NPZ}"),
+    (READ, HEA, f"{RECORD}"), (RESUME, LAST, f"{LAST}, train"), (SCORE, NPZ, f"{NPZ}"),
     (START, WEIGHTS, f"{WEIGHTS}, model.py --download"), (EVALUATE, BEST, f"{BEST}, train"),
 ]
 CELLS = [       # (table, column, bad values, what else the line names)
-    (DATABASE, "strat_fold", ["0", "1.5", ""], "row 6, 1 to 10"), (DATABASE, "ecg_id", [""], "''"),
+    (DATABASE, "strat_fold", ["0", "1.5", ""], "row 6, 1-8 (train)"),
     (DATABASE, "filename_hr", ["/etc/passwd", "../secret"], "inside"),
     (TABLE, "other", ["2", ""], "row 6, 0 or 1"), (TABLE, "ecg_id", ["6"], "wanted one row"),
     (DATABASE, "scp_codes", ["{'XYZ': 100.0}", "{'NORM': 100.0", "[" * 100_000,
                              "{'NORM': __import__('os').mkdir('canary')}"], "row 6, statements of"),
 ]
 SPOILED = [     # (command, what the line names, what spoils)
-    (TRAIN, f"{DATABASE}, 'strat_fold'", replaced(DATABASE, b"strat_fold", b"fold")),
-    (TRAIN, f"{STATEMENTS}, ''", changed(STATEMENTS, lambda old: b"code" + old)),
-    (OWN, f"{TABLE}, 'record'", replaced(TABLE, b"record,", b"path,")),
-    (OWN, f"{TABLE}, in each", cell(TABLE, "fold", "8", ["9"])),
-    (TRAIN, "all71, positives", cell(DATABASE, "scp_codes", "{'SR': 0.0}", ["9"])),
-    (f"{EVALUATE} --fold 3", "fold 3, --fold", cell(DATABASE, "strat_fold", "4", ["3"])),
-    (READ, f"{RECORD}, mmHg, mV", replaced(HEA, b"/mV", b"/mmHg")),
-    (START, f"{WEIGHTS}, {STEM} is missing", resaved(WEIGHTS, state_dict={})),
+    (OWN, f"{TABLE}, 'record'", changed(TABLE, lambda old: old.replace(b"record", b"path", 1))),
+    (READ, f"{RECORD}, mmhg, mV", changed(HEA, lambda old: old.replace(b"/mV", b"/mmHg"))),
     (START, f"{WEIGHTS}, {STEM} is (3,)", resaved(WEIGHTS, {STEM: torch.zeros(3)})),
     (VERIFY, f"{WEIGHTS}, not finite", resaved(WEIGHTS, {BIAS: torch.full((150,), torch.nan)})),
     (RESUME, f"{LAST}, records was, same", cell(DATABASE, "scp_codes", "{'IMI': 100.0}")),
-    (EVALUATE, f"{BEST}, train first", partial(shutil.copy, WEIGHTS, BEST)),
-    (f"{EVALUATE} --task {TABLE}", f"{TABLE}, no class in common", replaced(TABLE, b"NORM", b"AF")),
-    (SCORE, f"{NPZ}, 0 to 1", predictions(y_prob=lambda p: np.where(p == p.max(), np.nan, p))),
-    (SCORE, f"{NPZ}, wanted", predictions(patient_id=lambda old: old[0])),
-    (SCORE, f"{NPZ}, wanted", changed(NPZ, lambda old: old[:60] + b"\xff" * 40 + old[100:])),
-    (SCORE, f"{NPZ}, 0 and 1", predictions(y_true=lambda y: y * 2)),
-    (COMPARE, "o.npz, ecg_id", predictions("o.npz", ecg_id=lambda old: None)),
-    (COMPARE, "o.npz, ecg_id", predictions("o.npz", ecg_id=lambda old: old + 1)),
-    (COMPARE, "o.npz, same labels", predictions("o.npz", y_true=lambda y: 1 - y)),
+    (EVALUATE, f"{BEST}, not yet a model", partial(shutil.copy, WEIGHTS, BEST)),
+    (SCORE, f"{NPZ}, 0 to 1", predicted_nan),
 ]
 OPTIONS = [     # (command, what the line names)
     (f"{TRAIN} --data elsewhere", f"elsewhere/{DATABASE.name}, data.py --download"),
-    (f"{BUILD} --data nowhere --task {TABLE}", "nowhere, no such folder, --data"),
-    (f"{TRAIN} --task rhythm13", "'rhythm13', rhythm12"), (f"{TRAIN} --frac 0", "--frac is 0"),
-    (f"{TRAIN} --leads I,IV", "--leads, IV, aVR"), (f"{TRAIN} --device tpu9", "tpu9, cpu"),
-    (f"{TRAIN} --out run", "run, holds a run, --resume"), (f"{TRAIN} --lr nan", "--lr is nan"),
+    (f"{TRAIN} --leads I,IV", "--leads, IV, aVR"), (f"{TRAIN} --lr nan", "--lr is nan"),
+    (f"{TRAIN} --out run", "run, holds a run, --resume"),
     (f"{RESUME} --lr 0.01 --seed 4", "lr was 0.0005, now 0.01, seed was 0, another --out"),
-    (f"{EVALUATE} --record empty", "empty, .hea"), (f"{READ} --plot ecg.doc", "ecg.doc, .png"),
 ]
 CASES = [
     *((command, words, changed(path, damage) if damage else path.unlink)
@@ -183,8 +150,6 @@ def test_bad_input(world, fails, command, words, spoil):
     refused(fails, command, *words.split(", "))
 
 
-# ----------------------------------------------------------------------------------- hostile files
-
 class Trick:
     """An object whose pickle calls `function(*arguments)` when it is loaded."""
 
@@ -195,8 +160,7 @@ class Trick:
         return self.call
 
 
-TRICKS = [Trick(os.mkdir, "canary"), Trick(eval, "__import__('os').mkdir('canary')"),
-          Trick(np.testing.measure, "__import__('os').mkdir('canary')"),
+TRICKS = [Trick(os.mkdir, "canary"), Trick(np.testing.measure, "os.mkdir('canary')"),
           Trick(torch.utils.collect_env.run, "mkdir canary"), np.array([Trick(os.mkdir, "canary")])]
 
 
@@ -207,20 +171,19 @@ def test_the_tricks_work_where_nothing_guards(tmp_path, monkeypatch):
         Path("canary").rmdir()
 
 
-def pickled(value, path):
-    path.write_bytes(pickle.dumps(value))
+def in_checkpoint(trick, path):
+    torch.save({**torch.load(path), "x": trick}, path)
 
 
-def in_checkpoint(save):
-    return lambda trick, path: save({**torch.load(path), "x": trick}, path)
+def as_array(trick, path):
+    np.savez(path, **{**np.load(path), "y_prob": np.array([trick], object)})
 
 
-LEGACY = partial(torch.save, _use_new_zipfile_serialization=False)
 HOSTILE = [     # (command, its file, how a trick gets into that)
-    *((VERIFY, WEIGHTS, in_checkpoint(save)) for save in (torch.save, LEGACY, pickled)),
-    (RESUME, LAST, in_checkpoint(torch.save)), (EVALUATE, BEST, in_checkpoint(torch.save)),
-    (START, WEIGHTS, in_checkpoint(torch.save)), (SCORE, NPZ, pickled),
-    (SCORE, NPZ, lambda trick, path: predictions(y_prob=lambda p: np.array([trick], object))()),
+    (VERIFY, WEIGHTS, in_checkpoint), (START, WEIGHTS, in_checkpoint),
+    (RESUME, LAST, in_checkpoint), (EVALUATE, BEST, in_checkpoint), (SCORE, NPZ, as_array),
+    *((command, path, lambda trick, path: path.write_bytes(pickle.dumps(trick)))
+      for command, path in ((VERIFY, WEIGHTS), (SCORE, NPZ))),
 ]
 
 
@@ -244,7 +207,7 @@ def test_fuzzed_tables_and_headers_are_read_or_refused(pristine, tmp_path, name,
         for task in ("all71", tmp_path / TABLE):
             labels = data.load_labels(tmp_path, task)
             assert np.isin(labels.fold, range(1, 11)).all() and np.isin(labels.y, (0, 1)).all()
+        signal, _ = next(data.load_windows(tmp_path / RECORD.name, "raw"))
+        assert signal.shape == (12, 5000)
     except data.InputError as error:
         assert name.stem in str(error) and "\n" not in str(error)
-    signals, why = data.try_record(tmp_path, "raw", data.LEADS, RECORD.name)
-    assert signals.shape == (1, 12, 5000) if why is None else RECORD.name in why and "\n" not in why

@@ -4,8 +4,10 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -113,10 +115,8 @@ def test_gaps_are_interpolated_and_flat_records_zeros():
     leads = [[1.0, nan, nan, 4.0], [nan, 2.0, 2.5, nan], [nan] * 4, [0, 1, 2, 3]]
     want = [[1.0, 2.0, 3.0, 4.0], [2.0, 2.0, 2.5, 2.5], [0.0] * 4, [0, 1, 2, 3]]
     assert np.array_equal(data.preprocess(leads, 500, "raw")[:, :4], want)
-    one = np.where(np.arange(10000) == 3000, nan, np.full((12, 10000), 1.5))
-    assert (data.preprocess(one, 1000, "raw") == 1.5).all()
-    flat = [np.full((12, 5000), value) for value in (0, 1.5, nan)]
-    assert not np.any([data.preprocess(signal, 500) for signal in flat])
+    for value in (0, 1.5, nan):
+        assert not data.preprocess(np.full((12, 5000), value), 500).any()
 
 
 # -------------------------------------------------------------------------------------------- cache
@@ -129,21 +129,21 @@ def test_a_cache_holds_every_record(uncached, demo_set, monkeypatch, how):
     monkeypatch.setattr(data, "write_signals", None)    # what is there is not built again
     labels, signals = data.load_records(uncached, "form19", how)    # not all have a form
     assert 0 < len(labels.row) < 60 and labels.row.tolist() == (labels.ecg_id - 1).tolist()
-    paths = sorted(path.with_suffix("") for path in uncached.rglob("*_hr.hea"))
+    paths = sorted(path.with_suffix("") for path in uncached.rglob("*_hr.hea"))[::7]
     want = np.stack([data.preprocess(*data.read_record(path), how) for path in paths])
-    assert signals.dtype == np.float16 and np.array_equal(signals, want.astype(np.float16))
+    assert signals.dtype == np.float16 and np.array_equal(signals[::7], want.astype(np.float16))
 
 
 def test_a_killed_build_starts_over(uncached, tmp_path):
     """After a kill at any moment; what it left is removed in time."""
+    build = "--preprocess", "raw", "--workers", "1", "--data"
     with states_kept(uncached, tmp_path / "states") as states:
-        data.main(["--data", str(uncached), "--preprocess", "raw", "--workers", "1"])
+        data.main([*build, str(uncached)])
     assert len(states) == 2
     for state in states:
-        assert not list(state.glob("cache/*.npy")) and temporaries(state)
         for path in temporaries(state):     # of another process, long ago
             os.utime(path.rename(str(path).replace(f".{os.getpid()}.", ".1.")), (0, 0))
-        data.main(["--data", str(state), "--preprocess", "raw", "--workers", "1"])
+        data.main([*build, str(state)])
         assert content(state / "cache") == content(uncached / "cache")
 
 
@@ -167,19 +167,15 @@ def test_two_builds_at_once(uncached, demo_set, monkeypatch):
     assert content(uncached / "cache") == content(demo_set / "cache")
 
 
-def test_unreadable_records_are_listed_and_left_out_on_request(uncached, demo_set, fails, capsys):
+def test_unreadable_records_are_listed_and_left_out_on_request(uncached, demo_set, fails):
     """No file, and what is left of files that were cut."""
-    folder = uncached / "records500/00000"
-    (folder / "00003_hr.dat").unlink()
+    (uncached / "records500/00000/00003_hr.dat").unlink()
     for name, size in (("00005_hr.dat", 1001), ("00007_hr.hea", 9), ("00009_hr.hea", 0)):
-        os.truncate(folder / name, size)
+        os.truncate(uncached / "records500/00000" / name, size)
     fails(data.main, ["--data", uncached], "00003_hr", "all 4", "--skip-unreadable")
     about, = uncached.glob("cache/*.json")
     bad = json.loads(about.read_text())["unreadable"]
     assert [record[-8:] for record in bad] == [f"{i:05d}_hr" for i in (3, 5, 7, 9)]
-    assert all(record in why for record, why in bad.items())
-    data.main(["--data", str(uncached), "--skip-unreadable"])
-    assert "56 records" in capsys.readouterr().out
     labels, signals = data.load_records(uncached, "all71", skip_unreadable=True)
     assert set(range(1, 61)) - set(labels.ecg_id.tolist()) == {3, 5, 7, 9}
     whole = data.load_records(demo_set, "all71")[1]
@@ -192,8 +188,8 @@ def test_unreadable_records_are_listed_and_left_out_on_request(uncached, demo_se
 def mirror(tmp_path, monkeypatch):
     """(Path of a small PTB-XL zip that data.py downloads, its files by their names)."""
     make_demo(tmp_path / "set", records=3)
-    paths = sorted(path for path in (tmp_path / "set").rglob("*") if path.is_file())
-    files = {path.relative_to(tmp_path / "set").as_posix(): path.read_bytes() for path in paths}
+    monkeypatch.chdir(tmp_path / "set")
+    files = {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     others = ("records100/00000/00001_lr.dat", "../escaped.csv", "records500/../../escaped.dat")
     with zipfile.ZipFile(tmp_path / "mirror.zip", "w") as z:
         for name, text in [*files.items(), *((name, b"no") for name in others)]:
@@ -202,29 +198,19 @@ def mirror(tmp_path, monkeypatch):
     return tmp_path / "mirror.zip", files
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["fetched", "one's own"])
-def test_download(mirror, tmp_path, monkeypatch, capsys, own):
-    (path, files), root = mirror, tmp_path / "a" / "b"
-    if own:
-        root.mkdir(parents=True)
-        path.rename(root / "ptb-xl.zip")
-    data.main(["--download", "--data", str(root)])
-    assert "3 records" in capsys.readouterr().out and not list(tmp_path.rglob("escaped*"))
-    found = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "cache"]
-    assert {path.relative_to(root).as_posix(): path.read_bytes() for path in found} == files
-    monkeypatch.setattr(data, "URL", "file:///nowhere")
-    data.main(["--download", "--data", str(root)])      # all is there: nothing is fetched
-
-
 @pytest.mark.parametrize("damage", [
     lambda whole: whole[:len(whole) // 2], lambda whole: b"<html>",
     lambda whole: whole.replace(b"STTC", b"ttcs"), lambda whole: whole.replace(b"NORM'", b"mron'")])
-def test_a_bad_zip_is_named_and_can_be_fetched_again(mirror, tmp_path, fails, damage):
-    (path, files), root = mirror, tmp_path / "got"
-    whole = path.read_bytes()
+def test_a_bad_zip_is_named_and_can_be_fetched_again(mirror, tmp_path, monkeypatch, fails, damage):
+    (path, files), root = mirror, tmp_path / "a" / "b"
+    argv, whole = ["--download", "--data", str(root)], path.read_bytes()
     path.write_bytes(damage(whole))
-    fails(data.main, ["--download", "--data", root], "ptb-xl.zip", "remove it", "wget -c")
-    path.write_bytes(whole)
-    (root / "ptb-xl.zip").unlink()
-    data.main(["--download", "--data", str(root)])
-    assert (root / data.DATABASE).read_bytes() == files[data.DATABASE]
+    fails(data.main, argv, "ptb-xl.zip", "remove it", "wget -c")
+    (root / "ptb-xl.zip").write_bytes(whole)    # fetched by hand
+    monkeypatch.setattr(data, "URL", "file:///nowhere")
+    data.main(argv)
+    data.main(argv)     # all is there: nothing is fetched
+    shutil.rmtree(root / "cache")
+    monkeypatch.chdir(root)
+    found = {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    assert found == files and not list(tmp_path.rglob("escaped*"))

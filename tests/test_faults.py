@@ -1,49 +1,82 @@
 """Kills, full disks, Ctrl-C, a process that fails alone: nothing is lost or half written."""
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
+import data
+import evaluate
 import model as network
 import post_train
-from helpers import ROOT, TESTS, arguments, assert_same_run, content, temporaries
-from processes import end, start
+from helpers import (ROOT, TESTS, arguments, assert_same_run, content, history, temporaries,
+                     weights)
+
+
+KILLED = """
+import os, runpy, signal, sys
+sys.path.insert(0, "tests")
+import tiny
+calls, fsync, at, sys.argv = [], os.fsync, int(sys.argv[1]), sys.argv[2:]
+def fsync_and_perhaps_end(descriptor):
+    fsync(descriptor)
+    calls.append(descriptor)
+    if len(calls) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = fsync_and_perhaps_end
+tiny.shrink()
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def killed(at, *words):
+    """Run a script that does not come back from its call number `at` of os.fsync."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(at), *map(str, words)], cwd=ROOT,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_a_killed_build_starts_over(uncached, demo_set):
     """By SIGKILL, before its array has its name; what is left of it goes an hour later."""
-    words = "data.py", "--data", uncached, "--workers", 2
-    end(start(*words, kill_at=2), -signal.SIGKILL)
-    os.utime(*temporaries(uncached), (0, 0))
-    end(start(*words))
+    killed(2, "data.py", "--data", uncached, "--workers", 2)
+    left = temporaries(uncached)
+    assert left
+    for path in left:
+        os.utime(path, (0, 0))
+    data.main(["--data", str(uncached)])
     assert content(uncached / "cache") == content(demo_set / "cache")
 
 
-def test_a_killed_training_goes_on_and_a_full_disk_says_so(demo_set, tmp_path):
-    """SIGKILL before best.pt has its name, then no room for last.pt, which holds the most."""
-    out, whole = tmp_path / "run", tmp_path / "whole"
-    words, others = (("post_train.py", *arguments(demo_set, path)) for path in (out, whole))
-    undisturbed = start(*others)
-    end(start(*words, kill_at=6), -signal.SIGKILL)
-    assert ["best.pt" in path.name for path in temporaries(out)] == [True]
-    room = 2 * (out / "probe.pt").stat().st_size
-    line, = end(start(*words, "--resume", largest_file=room), 2)
-    assert all(word in line for word in ("last.pt", "make room", "--resume"))
-    assert {path.name for path in out.glob("*.pt")} == {"probe.pt", "best.pt"}
-    end(undisturbed)
-    end(start(*words, "--resume"))
-    assert_same_run(out, whole)
+def test_a_killed_training_goes_on(tiny, demo_set, undisturbed, tmp_path, monkeypatch):
+    """By SIGKILL, before last.pt has its name: it equals one that was never interrupted."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    killed(7, "post_train.py", *arguments(demo_set, one))
+    assert ["last.pt" in path.name for path in temporaries(one)] == [True]
+    for out in (one, other):
+        post_train.main([*arguments(demo_set, out), "--resume"])
+    assert_same_run(one, other)
 
 
-def test_a_full_disk_keeps_earlier_predictions(demo_set, undisturbed, tmp_path):
-    out = tmp_path / "predictions.npz"
-    out.write_bytes(b"earlier")
-    line, = end(start("evaluate.py", undisturbed / "best.pt", "--out", out, largest_file=100), 2)
-    assert out.name in line and "make room" in line
-    assert content(tmp_path) == {out.name: b"earlier"}
+def test_a_full_disk_is_said_and_costs_no_earlier_file(tiny, demo_set, undisturbed, tmp_path,
+                                                       fails):
+    """There is no room for last.pt, which holds the most, nor for predictions."""
+    out, earlier = tmp_path / "run", tmp_path / "predictions.npz"
+    evaluation, limits = [undisturbed / "best.pt", "--out", earlier], resource.RLIMIT_FSIZE
+    usual, room = resource.getrlimit(limits), 2 * (undisturbed / "probe.pt").stat().st_size
+    earlier.write_bytes(b"earlier")
+    try:
+        resource.setrlimit(limits, (room, usual[1]))
+        fails(post_train.main, arguments(demo_set, out), "last.pt", "make room", "--resume")
+        resource.setrlimit(limits, (100, usual[1]))
+        fails(evaluate.main, evaluation, "predictions.npz", "make room")
+    finally:
+        resource.setrlimit(limits, usual)
+    assert content(out).keys() == {"metrics.jsonl", "probe.pt", "best.pt"}
+    assert earlier.read_bytes() == b"earlier" and not temporaries(tmp_path)
 
 
 @pytest.mark.parametrize("number, left", [(1, set()), (3, {"metrics.jsonl", "probe.pt"})])
@@ -59,22 +92,36 @@ def test_ctrl_c_ends_the_run_at_once(tiny, demo_set, tmp_path, monkeypatch, fail
 
     monkeypatch.setattr(network.ECGFounder, "forward_features", interrupted)
     fails(post_train.main, arguments(demo_set, tmp_path), "--resume", status=130)
-    assert len(passes) == number and passes[-1] is (number == 3)
-    assert {path.name for path in tmp_path.iterdir()} == left
+    assert passes == [False, False, True][:number] and content(tmp_path).keys() == left
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, demo_set, tmp_path, monkeypatch, fails):
     monkeypatch.setattr(network.ECGFounder, "head", lambda self, x: self.dense(x) * math.inf)
     fails(post_train.main, arguments(demo_set, tmp_path), "finetune epoch 1", "--lr", "--amp")
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "probe.pt"}
+    assert content(tmp_path).keys() == {"metrics.jsonl", "probe.pt"}
+
+
+def torchrun(argv):
+    """Two processes of post_train.py with the small network -> what they have said."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         TESTS / "tiny.py", "post_train.py", *argv],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_equal_one(tiny, demo_set, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = "--drop-path", 0, "--dropout", 0, "--batch-size", 12
+    done = torchrun(arguments(demo_set, two, *more))
+    assert done.stdout.count("records to train") == 1, done.stderr      # one speaks
+    post_train.main(arguments(demo_set, one, *more))
+    for a, b in zip(history(one), history(two), strict=True):
+        assert a.pop("stage") == b.pop("stage") and a == pytest.approx(b, rel=0, abs=1e-5)
+    torch.testing.assert_close(weights(one), weights(two), atol=1e-5, rtol=0)
 
 
 def test_a_process_that_fails_alone_says_why_and_ends_the_others(demo_set, tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()    # in the way of what the first process writes
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         TESTS / "tiny.py", "post_train.py", *arguments(demo_set, tmp_path, "--resume")],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun(arguments(demo_set, tmp_path, "--resume"))
     said = [line for line in done.stderr.splitlines() if "post_train.py: " in line]
     assert done.returncode and len(said) == 1 and "is a directory" in said[0], done.stderr
-    assert done.stdout.count("records to train") == 1   # one speaks

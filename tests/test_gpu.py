@@ -62,9 +62,8 @@ def test_killed_and_resumed_goes_on(demo_set, tmp_path, monkeypatch, options):
     last = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)
     assert (last["stage"], last["epoch"]) == ("finetune", 1)
     resumed = train(demo_set, tmp_path / "cut", "--resume", *options)
-    assert len(resumed) == len(whole) == 8
-    for a, b in zip(whole[:4], resumed):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-2)
+    for a, b in zip(whole, resumed, strict=True):
+        assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), rel=1e-2)
 
 
 def test_batches_from_the_gpu_and_from_the_disk_are_the_same(demo_set, monkeypatch):

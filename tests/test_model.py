@@ -60,19 +60,10 @@ def test_it_is_the_published_network(founder, golden):
 def test_any_length_equals_the_plain_network(founder):
     plain = PlainNet1D(150).eval()
     plain.load_state_dict(founder.state_dict())
-    for samples in (999, 313, 100, 37, 33, 32):
+    for samples in (313, 100, 37, 32):
         x = torch.randn(2, 12, samples)
         with torch.no_grad():
             torch.testing.assert_close(founder(x), plain(x), atol=1e-5, rtol=0)
-
-
-def test_wrong_inputs_and_rates_are_refused(founder):
-    for shape in ((12, 5000), (1, 12, 31), (1, 11, 5000)):
-        with pytest.raises(ValueError, match="wanted"):
-            founder(torch.zeros(shape))
-    for rates in ((1.0,), (-0.1,), (0.5, "cubic"), (0.5, "linear", 1.0)):
-        with pytest.raises(ValueError, match="wanted"):
-            network.ecgfounder(4, 12, *rates)
 
 
 def test_dropout_acts_on_the_pooled_features_alone(tiny):
@@ -81,28 +72,21 @@ def test_dropout_acts_on_the_pooled_features_alone(tiny):
     assert not torch.equal(model(x), model(x))
 
 
-def bf16_error(function, x):
-    """Relative error of `function` under bf16 autocast against float32."""
-    exact = function(x).detach()
-    with torch.autocast("cpu", torch.bfloat16):
-        coarse = function(x).detach().float()
-    return ((coarse - exact).norm() / exact.norm()).item()
-
-
 def test_every_convolution_and_its_gradient_is_right_in_bf16():
     """Some CPUs' bf16 kernels are wrong for some convolutions that pad by themselves
     (pytorch/pytorch#169688); none does."""
-    model, shapes = network.ecgfounder(5).eval(), {}
+    model, inputs = network.ecgfounder(5), {}
     for module in model.modules():
         if isinstance(module, torch.nn.Conv1d):
-            module.register_forward_hook(lambda m, inputs, out: shapes.update({m: inputs[0].shape}))
-    assert bf16_error(model.forward_features, torch.randn(1, 12, 512)) < 0.02 and len(shapes) == 61
-    for conv, shape in list(shapes.items()):
-        def gradient(x):
-            return torch.autograd.grad(conv(x).sum(), conv.weight)[0]
-        x = torch.randn(shape)
-        assert bf16_error(conv, x) < 0.02 and bf16_error(gradient, x) < 0.02, conv
-        assert conv.padding == (0,)
+            module.register_forward_pre_hook(lambda m, given: inputs.setdefault(m, *given))
+    model(torch.randn(1, 12, 512))
+    assert len(inputs) == 61 and {conv.padding for conv in inputs} == {(0,)}
+    for conv, x in [*inputs.items()]:
+        exact, (gradient,) = conv(x), torch.autograd.grad(conv(x).sum(), conv.weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            coarse, (coarse_gradient,) = conv(x), torch.autograd.grad(conv(x).sum(), conv.weight)
+        assert (coarse - exact).norm() < 0.02 * exact.norm(), conv
+        assert (coarse_gradient - gradient).norm() < 0.02 * gradient.norm(), conv
 
 
 def test_the_head_is_exact_under_autocast():
@@ -116,13 +100,6 @@ def test_the_head_is_exact_under_autocast():
 
 
 # --------------------------------------------------------------------------------- stochastic depth
-
-def test_rates_of_both_modes():
-    for mode, rates in (("constant", [0.5] * 20), ("linear", np.linspace(0, 0.5, 20))):
-        modules = network.ecgfounder(4, drop_path=0.5, drop_path_mode=mode).modules()
-        found = [module.drop_path for module in modules if isinstance(module, network.Block)]
-        np.testing.assert_allclose(found, rates)
-
 
 @pytest.mark.parametrize("p, batch, kept", [(0.5, 8, 4), (0.5, 5, 3), (0.9, 4, 1), (0.01, 8, 8)])
 def test_the_branch_is_computed_for_the_kept_samples_alone(p, batch, kept):
@@ -146,34 +123,17 @@ def test_blocks_draw_independently_and_anew():
     assert len({*kept}) == 4
 
 
-def test_gradients_reach_every_parameter():
-    model = network.ecgfounder(3, drop_path=0.9).train()
-    model(torch.randn(2, 12, 64)).sum().backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
-
-
-def test_in_eval_and_at_zero_it_is_the_plain_network_bit_for_bit(founder):
-    x = torch.randn(4, 12, 500)
-    for p, training in ((0.5, False), (0.0, True)):
-        model = network.ecgfounder(150, drop_path=p).train(training)
-        model.load_state_dict(founder.state_dict())
-        with torch.no_grad():
-            assert torch.equal(model(x), founder(x))
-
-
 # -------------------------------------------------------------------------------------- checkpoints
 
 @pytest.mark.parametrize("bare", [True, False])
 def test_a_bare_state_dict_and_a_file_without_a_head_load(tiny, tmp_path, bare):
     state, model = network.ecgfounder(150).state_dict(), network.ecgfounder(7)
     headless, path = {k: v for k, v in state.items() if "dense" not in k}, tmp_path / "w.pth"
-    torch.save(state if bare else {"state_dict": headless, "val_auroc": np.float64(0.5)}, path)
-    assert bare or network.read_checkpoint(path)["val_auroc"] == 0.5    # a scalar of this NumPy
+    torch.save(state if bare else {"state_dict": headless}, path)
     want = {**headless, **copy.deepcopy(model).dense.state_dict(prefix="dense.")}
     assert network.load_pretrained(model, path) == 0
     assert all(torch.equal(value, want[key]) for key, value in model.state_dict().items())
-    said = " ".join(network.verify(path))
-    assert ("12 leads, 150 " if bare else "12 leads, no ") in said and "not compared" in said
+    assert ("12 leads, 150 " if bare else "12 leads, no ") in network.verify(path)[0]
 
 
 @pytest.mark.parametrize("named, asked", [(None, "I"), (["V1"], "V1")])
@@ -197,18 +157,16 @@ def test_verify_compares_the_logits_of_the_release(official, monkeypatch, capsys
     assert re.search(said, capsys.readouterr().out, re.DOTALL)
 
 
-def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch, fails, capsys):
+def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch, fails):
     monkeypatch.chdir(tmp_path)
     path, there = tmp_path / "12_lead_ECGFounder.pth", f"{tmp_path.as_uri()}/"
     path.write_bytes(b"weights")
     monkeypatch.setattr(network, "OFFICIAL_URL", there)
-    fails(network.main, ["--download"], f"{there}12_lead_ECGFounder.pth", "invalid hash")
-    fails(network.main, ["--download", "--leads", "1"], f"{there}1_lead_ECGFounder.pth")    # none
+    fails(network.main, ["--download"], path.name, "invalid hash")
     assert not any((tmp_path / "checkpoints").iterdir())
     monkeypatch.setattr(network, "OFFICIAL_SHA256", hashlib.sha256(b"weights").hexdigest())
-    monkeypatch.setattr(network, "verify", lambda path: [f"verified {path}"])
+    monkeypatch.setattr(network, "verify", lambda path: [])
     network.main(["--download"])
-    assert "verified checkpoints/12_lead_ECGFounder.pth" in capsys.readouterr().out
     assert (tmp_path / network.OFFICIAL).read_bytes() == b"weights"
 
 

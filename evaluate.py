@@ -16,7 +16,6 @@ import csv
 import glob
 import io
 import json
-import os
 from collections import namedtuple
 from contextlib import suppress
 from itertools import combinations, islice
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.special import expit, logit, stdtrit
 from tqdm import tqdm
 
 import data
@@ -115,7 +115,6 @@ def half_width(slopes, factor):
     """Half a 95 % interval: slopes (..., patients) -> (...), by Student's t with as many degrees of
     freedom as patients effectively make up the variance. It is of the score expected on other
     patients, as many with each class: for AUPRC that is above the score of unlimited patients."""
-    from scipy.special import stdtrit
     squares, fourth = (slopes**2).sum(-1), (slopes**4).sum(-1)
     freedom = np.maximum(squares**2 / np.maximum(fourth, 1e-300), 1)
     return stdtrit(freedom, 0.975) * np.sqrt(factor * squares)
@@ -124,7 +123,6 @@ def half_width(slopes, factor):
 def interval(point, half):
     """point -/+ half on the logit scale, which keeps it in [0, 1]: (2,), (2,) -> (2, 2). NaN where
     the score is perfect, of which no other score can be told."""
-    from scipy.special import expit, logit
     inside = point * (1 - point)
     step = np.divide(half, inside, out=np.full_like(half, np.nan), where=inside > 0)
     return expit(logit(point)[:, None] + step[:, None] * [-1, 1])
@@ -151,8 +149,7 @@ def plain(values):
 
 
 def report(scores, p):
-    """Scores of the predictions `p` as plain data: macro AUROC and AUPRC with 95 % intervals, every
-    class, and the classes that are undefined; None if undefined."""
+    """Scores of the predictions `p` as plain data, None where undefined."""
     point = macro(scores.point)
     values, ends = plain(point), plain(interval(point, half_width(scores.slopes, scores.factor)))
     columns = zip(map(str, p["classes"]), p["y_true"].sum(0).tolist(), *plain(scores.point))
@@ -183,7 +180,6 @@ def digits(value):
 
 
 def macro_line(name, result):
-    """Macro scores with intervals, as a line to print."""
     values = (result["macro_auroc"], *result["macro_auroc_ci"],
               result["macro_auprc"], *result["macro_auprc_ci"])
     text = "macro AUROC {} ({} to {}), AUPRC {} ({} to {})".format(*map(digits, values))
@@ -192,7 +188,6 @@ def macro_line(name, result):
 
 
 def class_lines(result):
-    """A report's classes as lines to print."""
     width = max(map(len, [*result["per_class"], "class"]))
     lines = [f"{name:{width}} {s['positives']:9,} {digits(s['auroc'])} {digits(s['auprc'])}"
              for name, s in result["per_class"].items()]
@@ -200,7 +195,6 @@ def class_lines(result):
 
 
 def difference_lines(pair):
-    """What `difference` says as lines to print."""
     auroc = (pair["macro_auroc_diff"], *pair["macro_auroc_diff_ci"],
              pair["macro_auroc_gain_percent"])
     auprc = (pair["macro_auprc_diff"], *pair["macro_auprc_diff_ci"],
@@ -275,19 +269,32 @@ def predict(checkpoint, model, labels, signals, device):
             "features": features}
 
 
-def predict_folds(path, folds, root=None, task=None, device="cpu", skip_unreadable=False):
-    """`predict` the records of `folds`. root, task: of another dataset than the checkpoint's."""
+def predictions_of(path, args, device):
+    """What an .npz holds, or a checkpoint predicts for the records of --fold, --data and --task,
+    which is written to an .npz -> dict of arrays, see `predict`."""
+    if path.endswith(".npz"):
+        return load_predictions(path)
     checkpoint, model = load_model(path, device)
-    root, task = root or checkpoint["data"], task or checkpoint["task"]
-    skip = skip_unreadable or checkpoint.get("args", {}).get("skip_unreadable", False)
+    root, task = args.data or checkpoint["data"], args.task or checkpoint["task"]
+    skip = args.skip_unreadable or checkpoint.get("args", {}).get("skip_unreadable", False)
     labels, signals = data.load_records(root, task, checkpoint["preprocessing"],
                                         checkpoint["leads"], skip_unreadable=skip)
     shared_classes([Path(task).name, path], [labels.classes, checkpoint["classes"]])
-    labels = labels.take(np.isin(labels.fold, folds))
+    folds = args.fold or [str(data.TEST_FOLD)]
+    labels = labels.take(np.isin(labels.fold.astype(str), folds) | ("all" in folds))
     if not len(labels.row):
-        raise InputError(f"{root}: holds no record of {task} in fold "
-                         f"{', '.join(map(str, folds))}; see --fold, --task and --data")
-    return predict(checkpoint, model, labels, signals, device)
+        raise InputError(f"{root}: holds no record of {task} in fold {', '.join(folds)}; see "
+                         "--fold, --task and --data")
+    p = predict(checkpoint, model, labels, signals, device)
+    if not args.features:
+        del p["features"]
+    others = [Path(other).stem for other in (path, args.data, args.task) if other]
+    name = "-".join(["predictions", *others, *args.fold]).replace("-best", "", 1)
+    out = args.out or Path(path).with_name(f"{name}.npz")
+    with data.whole_file(out) as f:
+        np.savez(f, **p)
+    print(f"{out}: predictions of {len(p['y_true']):,} records")
+    return p
 
 
 def shared_classes(names, lists):
@@ -303,43 +310,39 @@ def shared_classes(names, lists):
 
 
 def load_predictions(path):
-    """Predictions of any model from an .npz, as the top of this file says -> dict, with None for
-    ecg_id and patient_id if they are missing. Nothing is unpickled."""
+    """Predictions of any model from an .npz, as the top of this file says -> dict. Nothing is
+    unpickled. Without ecg_id all are -1; each unknown patient has a negative number of its own."""
     try:
         with np.load(path, allow_pickle=False) as z:
-            p = {"ecg_id": None, "patient_id": None, **z}
-        p = {**p, "classes": p["classes"].astype(str), "y_prob": p["y_prob"].astype(float)}
-        n, shapes = len(p["y_true"]), {key: np.shape(array) for key, array in p.items()}
-        fits = shapes["y_true"] == shapes["y_prob"] == (n, len({*p["classes"].tolist()})) and n
-        ids = [i for i in (p["ecg_id"], p["patient_id"]) if i is not None]
-        fits = fits and all(array.shape == (n,) for array in ids)
+            n = len(z["y_true"])
+            p = {"ecg_id": np.full(n, -1), "patient_id": np.full(n, -1), **z}
+        p |= {"classes": p["classes"].astype(str), "y_prob": p["y_prob"].astype(float)}
+        shapes, table = {key: p[key].shape for key in p}, (n, len({*p["classes"].tolist()}))
+        wanted = {"y_true": table, "y_prob": table, "ecg_id": (n,), "patient_id": (n,)}
         good = np.isin(p["y_true"], (0, 1)).all() and (abs(p["y_prob"] - 0.5) <= 0.5).all()
-        if not (fits and good):
+        if not (n and good and wanted.items() <= shapes.items()):
             raise ValueError(f"labels, probabilities or shapes are wrong: {shapes}")
     except FileNotFoundError:
         raise
     except Exception as error:  # NumPy and zipfile raise many types; object arrays are refused here
         raise InputError(f"{path}: cannot be read as predictions ({error}); wanted y_true (N, L) "
                          "of 0 and 1, y_prob (N, L) from 0 to 1, classes (L,), each once") from None
-    p["y_true"] = p["y_true"].astype(np.uint8)
-    if p["patient_id"] is not None:     # each unknown one is its own
-        unknown = list(map(data.is_unknown, p["patient_id"]))
-        p["patient_id"] = np.where(unknown, np.arange(n) - n, p["patient_id"])
-    return p
+    unknown = list(map(data.is_unknown, p["patient_id"]))
+    return {**p, "y_true": p["y_true"].astype(np.uint8),
+            "patient_id": np.where(unknown, np.arange(n) - n, p["patient_id"])}
 
 
 # --------------------------------------------------------------------------------------- comparison
 def in_order(name, p, ecg_id, classes):
     """The predictions of the model `name` for these records and classes, in this order."""
-    ids = [] if p["ecg_id"] is None or ecg_id is None else p["ecg_id"].tolist()
-    place = {value: i for i, value in enumerate(ids)}
-    if not ids or len(place) < len(ids) or place.keys() != {*ecg_id.tolist()}:
+    place = {value: i for i, value in enumerate(p["ecg_id"].tolist())}
+    if len(place) < len(p["ecg_id"]) or place.keys() != {*ecg_id.tolist()}:
         raise InputError(f"{name}: its {len(p['y_true'])} records are not those of the first file; "
                          "wanted the same, each once, by ecg_id")
     rows, columns = [place[value] for value in ecg_id.tolist()], p["classes"].tolist()
     at = np.ix_(rows, [columns.index(c) for c in classes])
     return {"y_true": p["y_true"][at], "y_prob": p["y_prob"][at], "classes": classes,
-            "patient_id": None if p["patient_id"] is None else p["patient_id"][rows]}
+            "patient_id": p["patient_id"][rows]}
 
 
 def compare(names, models):
@@ -352,7 +355,8 @@ def compare(names, models):
         if len(differ):
             raise InputError(f"{name}: has another label of {shared[differ[0][1]]} for ecg_id "
                              f"{ecg_id[differ[0][0]]} than {names[0]}")
-    patients = next((p["patient_id"] for p in models if p["patient_id"] is not None), None)
+    # A file without patients has one for each record, so the fewest are those that are known.
+    patients = min((p["patient_id"] for p in models), key=lambda ids: len(np.unique(ids)))
     scores = [score({**p, "patient_id": patients}) for p in models]
     reports = map(report, scores, models)
     return {"models": [{"name": name, **result} for name, result in zip(names, reports)],
@@ -366,9 +370,9 @@ def find_records(paths):
     what a Mac leaves there, and segments of other records."""
     files = []
     for path in paths:
-        headers = glob.glob(os.path.join(glob.escape(path), "**", "*.hea"), recursive=True)
-        headers = sorted(file for file in headers if "__MACOSX" not in file)
-        files += headers if os.path.isdir(path) else [path]
+        inside = sorted(glob.glob("**/*.hea", root_dir=path, recursive=True))
+        inside = [Path(path, name) for name in inside if "__MACOSX" not in name]
+        files += inside if Path(path).is_dir() else [Path(path)]
     if not files:
         raise InputError(f"{', '.join(paths)}: holds no .hea header of a WFDB record")
     records, segments = dict.fromkeys(map(data.strip_extension, files)), set()
@@ -426,11 +430,10 @@ def plot_record(record, leads, caption, path):
     signal -= np.median(signal, axis=1, keepdims=True)
     # 2 mV of paper for each lead, more where its waves are large (up to 8, for wrong units).
     room = np.clip(np.abs(signal).max(1), 1, 4).round(1)
-    zero = -room[0] - np.cumsum(np.append(0, room[:-1] + room[1:]))
-    height = room[-1] - zero[-1]    # mV
-    width_mm, height_mm = 262, 10 * height + 22
-    figure = Figure(figsize=(width_mm / 25.4, height_mm / 25.4))
-    axis = figure.add_axes((6 / width_mm, 4 / height_mm, 250 / width_mm, 10 * height / height_mm))
+    zero, height = room - 2 * np.cumsum(room), 2 * room.sum()       # mV
+    size = np.array([262, 10 * height + 22])    # mm
+    figure = Figure(size / 25.4)
+    axis = figure.add_axes((*[6, 4] / size, *[250, 10 * height] / size))
     for lead, samples, y in zip(leads, signal, zero):
         axis.plot(np.arange(len(samples)) / fs, samples + y, color="black", linewidth=0.7)
         axis.text(0.05, y + 0.4, lead, weight="bold", fontsize=9)
@@ -440,60 +443,18 @@ def plot_record(record, leads, caption, path):
         axis.set_yticks(-np.arange(0, height + 0.001, 0.1 * squares), [], minor=which == "minor")
         axis.grid(which=which, color="#f0a8a8", linewidth=0.2 + 0.1 * squares)
     axis.tick_params(which="both", length=0)
-    figure.text(6 / width_mm, 1 - 3 / height_mm, f"{Path(record).name}    25 mm/s, 10 mm/mV\n"
-                f"{caption}", va="top")
+    title = f"{Path(record).name}    25 mm/s, 10 mm/mV\n{caption}"
+    figure.text(*[6, size[1] - 3] / size, title, va="top")
     with data.whole_file(path) as f:
         figure.savefig(f, format=Path(path).suffix.lstrip("."), dpi=120)
 
 
 # ------------------------------------------------------------------------------------- command line
-def check(args):
-    """Raise InputError for what would be found out after the work."""
-    out = (".csv",) if args.record else (".npz",)
-    for path, ends in ((args.out, out), (args.json, (".json",)), (args.plot, (".png", ".pdf"))):
-        if path and (Path(path).suffix not in ends or not Path(path).parent.is_dir()):
-            raise InputError(f"{path}: wanted a {' or '.join(ends)} file in an existing folder")
-    if len(args.models) > 1 and (args.out or args.record):
-        raise InputError("--out and --record go with one file; give one")
-
-
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    add = parser.add_argument
-    add("models", metavar="FILE", nargs="+", help="checkpoints of post_train.py, or predictions "
-        "(.npz) of any model; several are compared")
-    add("--fold", nargs="+", metavar="K", choices=[*map(str, range(1, 11)), "all"], default=[],
-        help="folds, or all (default: 10, the test fold)")
-    add("--data", help="folder of the dataset (default: the one the checkpoint was trained on)")
-    add("--task", help="a task or .csv table other than the checkpoint's; classes match by name")
-    add("--out", help="where to write the predictions (default: predictions.npz, with --fold 9 "
-        "predictions-9.npz, beside the checkpoint; of several records records.csv)")
-    add("--features", action="store_true", help="write the network's features (N, 1024), too")
-    add("--json", metavar="FILE", help="also write the scores as JSON")
-    add("--record", metavar="PATH", nargs="+", help="predict these WFDB records or folders instead")
-    add("--plot", metavar="FILE.png", help="with one --record: draw the ECG")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
-    add("--skip-unreadable", action="store_true", help="leave out records that cannot be used")
-    return parser.parse_args(argv)
-
-
 def run(args, device):
     """Score or compare models."""
-    asked, found = args.fold or [data.TEST_FOLD], {}
-    folds = range(1, 11) if "all" in asked else list(map(int, asked))
     # .npz files come first, as they are quick to read and to check.
-    for path in sorted(args.models, key=lambda path: not path.endswith(".npz")):
-        if path.endswith(".npz"):
-            found[path] = load_predictions(path)
-            continue
-        p = predict_folds(path, folds, args.data, args.task, device, args.skip_unreadable)
-        found[path] = {k: v for k, v in p.items() if k != "features" or args.features}
-        others = [Path(other).stem for other in (path, args.data, args.task) if other]
-        name = "-".join(["predictions", *others, *args.fold]).replace("-best", "", 1)
-        out = args.out or Path(path).with_name(f"{name}.npz")
-        with data.whole_file(out) as f:
-            np.savez(f, **found[path])
-        print(f"{out}: predictions of {len(p['y_true']):,} records")
+    paths = sorted(args.models, key=lambda path: not path.endswith(".npz"))
+    found = {path: predictions_of(path, args, device) for path in paths}
     if len(found) == 1:
         p = found[args.models[0]]
         result = report(score(p), p)
@@ -509,7 +470,8 @@ def run(args, device):
 def run_records(args, device):
     """Predict single ECGs of any source, sampling rate and length, by windows of 10 s."""
     path, records, found, unusable = args.models[0], find_records(args.record), [], []
-    if args.plot and records[1:]:
+    many = len(records) > 1
+    if args.plot and many:
         raise InputError(f"--plot draws one record, {len(records)} were given")
     checkpoint, model = load_model(path, device)
     classes = checkpoint["classes"]
@@ -517,21 +479,22 @@ def run_records(args, device):
     nothing = [np.nan] * len(classes)
     few = np.array(checkpoint.get("positives", nothing)) < FEW
     limits = np.where(few, np.nan, checkpoint.get("thresholds", nothing))
-    for record in tqdm(records, "predict", unit="record", disable=None if records[1:] else True):
+    for record in tqdm(records, "predict", unit="record", disable=None if many else True):
         try:
             found.append((record, *predict_record(checkpoint, model, record, device)))
         except InputError as error:
             unusable.append(error)
     if not found:
         raise unusable[0]
-    _, prob, n, notes = found[0]
-    lines = record_lines(classes, limits, prob)
+    if not many:
+        _, prob, n, notes = found[0]
+        print(*record_lines(classes, limits, prob), f"mean of {n} windows of 10 s",
+              *[notes] * bool(notes), sep="\n")
     if args.plot:
-        caption = ",  ".join(" ".join(line.split()[:2]) for line in lines[1:6])
+        best = np.argsort(-prob, kind="stable")[:5]
+        caption = ",  ".join(f"{classes[i]} {prob[i]:.4f}" for i in best)
         plot_record(records[0], checkpoint["leads"], caption, args.plot)
-    if not records[1:]:
-        print(*lines, f"mean of {n} windows of 10 s", *[notes] * bool(notes), sep="\n")
-    if records[1:] or args.out:
+    if many or args.out:
         out = args.out or Path(path).with_name("records.csv")
         write_table(out, classes, limits, found)
         noted = sum(bool(notes) for *_, notes in found)
@@ -542,9 +505,29 @@ def run_records(args, device):
 
 
 def main(argv=None):
-    args = parse(argv)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("models", metavar="FILE", nargs="+", help="checkpoints or .npz files; several are compared")
+    add("--fold", nargs="+", metavar="K", choices=[*map(str, range(1, 11)), "all"], default=[],
+        help="folds, or all (default: 10, the test fold)")
+    add("--data", help="folder of the dataset (default: the one the checkpoint was trained on)")
+    add("--task", help="a task or .csv table other than the checkpoint's; classes match by name")
+    add("--out", help="what to write (default: beside FILE predictions.npz, or records.csv)")
+    add("--features", action="store_true", help="write the network's features (N, 1024), too")
+    add("--json", metavar="FILE", help="also write the scores as JSON")
+    add("--record", metavar="PATH", nargs="+", help="predict these WFDB records or folders instead")
+    add("--plot", metavar="FILE.png", help="with one --record: draw the ECG")
+    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add("--skip-unreadable", action="store_true", help="leave out records that cannot be used")
+    args = parser.parse_args(argv)
     with data.errors_in_one_line("evaluate.py", network.WeightsError):
-        check(args)
+        # What would else be found out after the work.
+        table = [".csv"] if args.record else [".npz"]
+        for path, ends in (args.out, table), (args.json, [".json"]), (args.plot, [".png", ".pdf"]):
+            if path and (Path(path).suffix not in ends or not Path(path).parent.is_dir()):
+                raise InputError(f"{path}: wanted a {' or '.join(ends)} file in an existing folder")
+        if len(args.models) > 1 and (args.out or args.record):
+            raise InputError("--out and --record go with one file; give one")
         (run_records if args.record else run)(args, pick_device(args.device))
 
 

@@ -195,18 +195,16 @@ def load_state(model, state, path, head=True):
     """Load the state_dict `state`, read from `path`; without `head` all but the classifier. The
     file's BatchNorm tensors, which the network never applies, are left out. Any other difference,
     or a value that is not finite, raises WeightsError, before anything is loaded."""
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()
-              if head or not key.startswith("dense.")}
     skipped = UNUSED if head else rf"{UNUSED}|^dense\."
-    state = {key: value for key, value in state.items() if not re.search(skipped, key)}
-    there = {key: tuple(value.shape) for key, value in state.items()}
+    wanted, there = ({key: tuple(value.shape) for key, value in tensors.items()
+                      if not re.search(skipped, key)} for tensors in (model.state_dict(), state))
     wrong = [f"{key} is {there.get(key, 'missing')}, wanted {wanted.get(key, 'no such key')}"
              for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
-    wrong = wrong or [f"{key} is not finite" for key, v in state.items() if not v.isfinite().all()]
+    wrong = wrong or [f"{key} is not finite" for key in there if not state[key].isfinite().all()]
     if wrong:
         raise WeightsError(f"{path}: {wrong[0]} ({len(wrong)} in all do not fit ECGFounder's "
                            f"network with {model.first_conv.conv.in_channels} leads)")
-    model.load_state_dict(state, strict=head)
+    model.load_state_dict({key: state[key] for key in wanted}, strict=head)
 
 
 def load_pretrained(model, path, leads=LEADS):
@@ -218,25 +216,22 @@ def load_pretrained(model, path, leads=LEADS):
     for what does not fit."""
     checkpoint = read_checkpoint(path)
     state = dict(checkpoint["state_dict"])
-    stem = state.get(STEM, torch.zeros(0))      # (64, leads, 16)
-    n = stem.shape[1] if stem.dim() == 3 else 0
-    there = checkpoint.get("leads") or {12: LEADS, 1: LEADS[:1]}.get(n, leads)
-    if n and (len(there) != n or not {*leads} <= {*there}):
-        raise WeightsError(f"{path}: has the leads {', '.join(there)}; wanted {', '.join(leads)}: "
-                           "give other --leads")
-    if n:
+    stem = state.get(STEM, torch.zeros(0))
+    if stem.dim() == 3:     # (64, leads, 16); anything else is refused below
+        there = checkpoint.get("leads") or {12: LEADS, 1: LEADS[:1]}.get(stem.shape[1], leads)
+        if len(there) != stem.shape[1] or not {*leads} <= {*there}:
+            raise WeightsError(f"{path}: has the leads {', '.join(there)}; wanted "
+                               f"{', '.join(leads)}: give other --leads")
         state[STEM] = stem[:, [there.index(lead) for lead in leads]]
     load_state(model, state, path, head=False)
-    return n - len(leads)
+    return stem.shape[1] - len(leads)
 
 
 def verify(path):
     """Load a checkpoint whole, and compare the official one's logits -> lines to print."""
     state = read_checkpoint(path)["state_dict"]
-    stem, bias = state.get(STEM, torch.zeros(64, 12, 16)), state.get("dense.bias", torch.zeros(0))
-    if (stem.dim(), bias.dim()) != (3, 1):
-        raise WeightsError(f"{path}: not ECGFounder's network (its {STEM} is {tuple(stem.shape)})")
-    leads, n_classes = stem.shape[1], len(bias)
+    stem, bias = (state.get(key, torch.zeros(0)) for key in (STEM, "dense.bias"))
+    leads, n_classes = stem.shape[1] if stem.dim() == 3 else 12, bias.numel()
     model = ecgfounder(n_classes or 1, leads).eval()
     load_state(model, state, path, n_classes > 0)
     n = sum(not re.search(UNUSED, key) for key in state)

@@ -56,8 +56,8 @@ MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
 MAX_MILLIVOLTS = 1e4            # an ECG's amplitude is about 1; the largest float16 is 65504
 MIN_FS, MAX_FS = 50, 100_000    # Hz, limits for resampling
 CHECKED_SECONDS = 60            # longer records are read in parts, and no checksum is compared
-LEAD_OF = {lead.lower(): lead for lead in LEADS} | {    # "DII" and "D2" are lead II
-    f"d{name}": lead for lead in LEADS[:3] for name in (lead.lower(), len(lead))}
+LEAD_OF = {lead.lower(): lead for lead in LEADS} | {
+    "di": "I", "d1": "I", "dii": "II", "d2": "II", "diii": "III", "d3": "III"}
 DERIVED = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I, II
 RECORD_LINE = {     # of a WFDB header, its first line: what each cell must be
     "record's name": r"[-\w]+(/\d+)?", "number of signals": r"\d+", "rate": r"\d+(\.\d*)?(/\S+)?",
@@ -109,9 +109,10 @@ def load_labels(root, task, unlabelled=False):
 def read_table(root, task):
     """(path, {column: cells}) of a dataset's table; it has the columns record, ecg_id, patient_id
     (empty where unknown) and fold, whatever the table calls them or lacks."""
-    path, needed = Path(root, DATABASE), ["filename_hr", "strat_fold", "patient_id", "scp_codes"]
+    path, fold = Path(root, DATABASE), "strat_fold"
+    needed = ["filename_hr", fold, "patient_id", "scp_codes"]
     if is_own(task):
-        path, needed = Path(task), ["record"]
+        path, fold, needed = Path(task), "fold", ["record"]
     elif task not in TASKS:
         raise InputError(f"task {task!r}: wanted {', '.join(TASKS)}, or a .csv table")
     table = read_csv(path, needed)
@@ -121,11 +122,10 @@ def read_table(root, task):
     ids, patients = ([cell.removesuffix(".0") for cell in column] for column in columns)
     patients = ["" if is_unknown(who) else who for who in patients]
     for column, names in ((needed[0], records), ("ecg_id", ids)):
-        (twice, count), = Counter(names).most_common(1)
-        bad = [twice] * (count > 1) + [name for name in names if re.match(r"/|\.\.|\.?$", name)]
+        bad = [name for name, count in Counter(names).items()
+               if count > 1 or re.match(r"/|\.\.|\.?$", name)]
         if bad:
             raise InputError(f"{path}: {column} {bad[0]!r}; wanted one row a record, inside {root}")
-    fold = "fold" if is_own(task) else "strat_fold"
     if fold in table:
         folds = translate(path, fold, table[fold], FOLDS, "1-8 (train), 9 (validates), 10 (tests)")
     else:   # by a hash, so that a patient is in the same fold in every table and on every machine
@@ -196,15 +196,14 @@ def ptbxl_classes(path, table, task):
     class_of = {statement: kind * (flagged in ("1", "1.0"))     # "" where it has none
                 for statement, kind, flagged in zip(columns[""], columns[name], flags)}
     classes = sorted({*class_of.values()} - {""})
-    place = {name: c for c, name in enumerate(classes)}
     y = np.zeros((len(table["scp_codes"]), len(classes)), np.uint8)
     for i, cell in enumerate(table["scp_codes"]):
         try:
-            found = [class_of[code] for code in {**ast.literal_eval(cell)}]
+            kinds = [class_of[code] for code in {**ast.literal_eval(cell)}]
         except (KeyError, TypeError, ValueError, SyntaxError, MemoryError, RecursionError):
             raise InputError(f"{path}: row {i + 2}: scp_codes is {cell[:40]!r}; wanted statements "
                              f"of {STATEMENTS}; fetch both files again") from None
-        y[i, [place[kind] for kind in found if kind]] = 1
+        y[i, [classes.index(kind) for kind in kinds if kind]] = 1
     return y, classes
 
 
@@ -242,7 +241,7 @@ def lead_called(name):
     return LEAD_OF.get(short, name.strip())
 
 
-# frames: None if unknown; signals: {lead, or the name of what is none: Signal}
+# frames: 0 if unknown; signals: {lead, or the name of what is none: Signal}
 Header = namedtuple("Header", "frame_rate frames segmented signals")
 # place: among the signals; per_frame: samples; checksum: of all its samples modulo 65536, or 0
 Signal = namedtuple("Signal", "place per_frame unit checksum")
@@ -298,7 +297,7 @@ def read_header(path):
     frames = int(record[3]) if len(record) > 3 else None
     if frames == 0:
         raise InputError(f"{path}.hea: line 1: the number of samples is 0")
-    return Header(frame_rate, frames, bool(segments), signals)
+    return Header(frame_rate, frames or 0, bool(segments), signals)
 
 
 def find_leads(path, header, leads):
@@ -327,11 +326,11 @@ def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
     import wfdb
     header = header or read_header(path)
     wanted, derived = find_leads(path, header, leads)
-    per_frame, rate = [*wanted.values()][0].per_frame, header.frame_rate
-    fs, first, last, frames = rate * per_frame, 0, None, header.frames or 0
-    whole = seconds is None or frames <= CHECKED_SECONDS * rate
+    per_frame, rate = next(iter(wanted.values())).per_frame, header.frame_rate
+    fs, first, last = rate * per_frame, 0, None     # first and last count frames
+    whole = seconds is None or header.frames <= CHECKED_SECONDS * rate
     if not whole:
-        first, last = int(start * rate), min(frames, math.ceil((start + seconds) * rate))
+        first, last = int(start * rate), min(header.frames, math.ceil((start + seconds) * rate))
     record = wfdb.rdrecord(str(path), first, last, [found.place for found in wanted.values()],
                            physical=header.segmented, smooth_frames=False)
     if whole and not header.segmented:
@@ -356,17 +355,16 @@ def preprocess(signal, fs, how="filter"):
     from scipy import signal as dsp
     x = np.asarray(signal)
     if x.ndim != 2 or not x.size or not MIN_FS <= fs <= MAX_FS:
-        raise InputError(f"a signal of shape {x.shape} at {fs} Hz; wanted (leads, n) at 50 Hz or "
-                         "more")
+        raise InputError(f"shape {x.shape} at {fs} Hz; wanted (leads, n) at {MIN_FS} Hz or more")
     seconds = 10 if fs == FS else 11    # one more for the filter that resamples
     x = x[:, :math.ceil(seconds * fs)].astype(np.float64)
     if not np.abs(x[~np.isnan(x)]).max(initial=0) <= MAX_MILLIVOLTS:
         raise InputError(f"samples beyond {MAX_MILLIVOLTS:g} mV; wanted an ECG in millivolts")
     x = np.stack([fill_gaps(lead) for lead in x])
     if fs != FS:    # beyond its ends a lead goes on along the line through its first and last one
-        ratio, ends = Fraction(FS / fs).limit_denominator(1000), ("constant", "line")
-        x = dsp.resample_poly(x, ratio.numerator, ratio.denominator, axis=1,
-                              padtype=ends[x.shape[1] > 1])
+        up, down = Fraction(FS / fs).limit_denominator(1000).as_integer_ratio()
+        ends = "line" if x.shape[1] > 1 else "constant"
+        x = dsp.resample_poly(x, up, down, axis=1, padtype=ends)
     x = remove_noise(x[:, :SAMPLES]) if how == "filter" else x[:, :SAMPLES]
     if how != "raw":
         std = x.std()   # the 1e-8 is from ECGFounder's own preprocessing
@@ -400,23 +398,22 @@ def load_windows(path, how="filter", leads=LEADS):
     cache holds the first. A remainder of less than 10 s is dropped, unless it is all there is.
     Raises InputError for a record that cannot be read or has no such window."""
     try:
-        header, empty = read_header(path), 0
+        header, any_signal = read_header(path), False
         derived = ", ".join(find_leads(path, header, leads)[1])
-        n = max(1, int((header.frames or 0) / header.frame_rate / 10 + 1e-6))
+        n = max(1, int(header.frames / header.frame_rate / 10 + 1e-6))
         for i in range(n):
             signal, fs = read_record(path, leads, 10 * i, 11, header)
             lacking = what_lacks(signal[:, :math.ceil(10 * fs)], fs, leads)
-            if lacking is None:
-                empty += 1
-                continue
-            yield (preprocess(signal, fs, how).astype(np.float16),
-                   {"windows": n, "lacking": lacking, "derived": derived})
-        if empty == n:
+            if lacking is not None:
+                any_signal = True
+                yield (preprocess(signal, fs, how).astype(np.float16),
+                       {"windows": n, "lacking": lacking, "derived": derived})
+        if not any_signal:
             raise InputError("its leads are missing or flat")
     except Exception as error:  # wfdb raises almost anything for a malformed header or short file
         why = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        raise InputError(" ".join(f"{path}: no ECG can be read from this WFDB record ({why})"
-                                  .split())) from None
+        text = f"{path}: no ECG can be read from this WFDB record ({why})"
+        raise InputError(" ".join(text.split())) from None
 
 
 def what_lacks(signal, fs, leads):
@@ -445,8 +442,9 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
     beside it holds: what the array is made of, and {record: note} for each of NOTES). Records that
     cannot be used raise InputError, once all others are cached, unless `skip_unreadable`. Changed
     records are not noticed: delete the cache. wait: for another process to build it."""
+    records = list(map(str, records))
     made_of = {"layout": LAYOUT, "preprocessing": how, "leads": list(leads), "fs": FS,
-               "records": list(map(str, records))}
+               "records": records}
     path = Path(root, "cache", f"{how}-{zlib.crc32(json.dumps(made_of).encode()):08x}.npy")
     about = path.with_suffix(".json")
     while wait and not path.exists():
@@ -456,7 +454,7 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
             raise InputError(f"{root}: no such folder; give the dataset's with --data")
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as f, whole_file(about) as g:
-            notes = write_signals(f, root, made_of, workers or os.cpu_count())
+            notes = write_signals(f, root, records, how, leads, workers or os.cpu_count())
             g.write(json.dumps({**made_of, **notes}, indent=1).encode())
     notes = json.loads(about.read_text())
     unreadable = notes["unreadable"]
@@ -469,27 +467,25 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
     return path, notes
 
 
-def write_signals(f, root, made_of, workers):
+def write_signals(f, root, records, how, leads, workers):
     """Write the signals of all records to the file `f` as a .npy array, in order, zeros for those
     that cannot be used -> {key of NOTES: {record: in words}}."""
     import scipy.ndimage, scipy.signal, wfdb  # noqa: E401,F401  once, not in every worker
-    records, how, leads = (made_of[key] for key in ("records", "preprocessing", "leads"))
     shape, notes = (len(records), len(leads), SAMPLES), {key: {} for key in NOTES}
     header = {"descr": "<f2", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(f, header)
     read, ignore = partial(first_window, root, how, leads), (signal.SIGINT, signal.SIG_IGN)
+    size = 128 * workers    # of the parts that are submitted: what is finished stays in memory
     try:
         with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore) as pool:
             pool.submit(os.getpid)      # the workers are forked before the bar has a thread
-            bar = tqdm(None, "cache", len(records), unit="record", disable=None)
-            for i in range(0, len(records), 128 * workers):     # finished ones stay in memory
-                part = records[i:i + 128 * workers]
-                for record, (window, said) in zip(part, pool.map(read, part, chunksize=8)):
-                    f.write(window.tobytes())
-                    for key in filter(said.get, NOTES):
-                        notes[key][record] = said[key]
-                    bar.update()
-            bar.close()
+            parts = (records[i:i + size] for i in range(0, len(records), size))
+            windows = (window for part in parts for window in pool.map(read, part, chunksize=8))
+            windows = tqdm(windows, "cache", len(records), unit="record", disable=None)
+            for (window, said), record in zip(windows, records):
+                f.write(window.tobytes())
+                for key in filter(said.get, NOTES):
+                    notes[key][record] = said[key]
     except BrokenExecutor:
         raise InputError("a worker was killed, perhaps as memory ran out; run data.py with fewer "
                          "--workers") from None
@@ -605,11 +601,9 @@ def main(argv=None):
         leads = parse_leads(args.leads)
         if args.download:
             download(args.data)
-        records = load_labels(args.data, args.task, unlabelled=True).record
-        path, notes = build_cache(args.data, records, args.preprocess, leads, args.workers,
-                                  args.skip_unreadable)
-    n, size = len(records) - len(notes["unreadable"]), path.stat().st_size
-    print(f"{path}: {n:,} records, {size / 1e9:.2f} GB")
+        labels, signals = load_records(args.data, args.task, args.preprocess, leads,
+                                       workers=args.workers, skip_unreadable=args.skip_unreadable)
+    print(f"{signals.filename}: {len(labels.row):,} records, {signals.nbytes / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ RECIPE = {  # name: (post, baseline, what it is and the sources, one of them if 
 }
 CHOICES = {"schedule": ("cosine", "plateau"), "optimizer": ("adamw", "adam"),
            "drop_path_mode": network.MODES}
-Stage = namedtuple("Stage", "name epochs lr final_lr schedule optimizer weight_decay clip")
+Stage = namedtuple("Stage", "name epochs lr weight_decay final_lr schedule optimizer clip",
+                   defaults=(0.0, "cosine", "adamw", math.inf))     # the probe's
 
 
 def stages_of(args, steps):
@@ -79,10 +80,8 @@ def stages_of(args, steps):
     # incentive to improve them (Ren et al. 2023).
     preview = min(30, max(1, round(PREVIEW_STEPS / steps))) if args.epochs else 30
     epochs = preview if args.probe_epochs is None else args.probe_epochs
-    return (Stage("probe", epochs, args.probe_lr, 0.0, "cosine", "adamw", args.probe_weight_decay,
-                  math.inf),
-            Stage("finetune", args.epochs, args.lr, args.final_lr, args.schedule, args.optimizer,
-                  args.weight_decay, args.clip))
+    finetune = Stage("finetune", *(getattr(args, option) for option in Stage._fields[1:]))
+    return Stage("probe", epochs, args.probe_lr, args.probe_weight_decay), finetune
 
 
 def learning_rates(stage, epoch, steps, aurocs):
@@ -136,8 +135,7 @@ class Split(NamedTuple):
     y: torch.Tensor     # (n, L) float32 of 0 and 1, on the device
 
     def batch(self, index):
-        """(signals (B, leads, 5000) or features (B, 1024) in float32, targets (B, L)), on the
-        device."""
+        """Signals (B, leads, 5000) or features (B, 1024), and targets (B, L), on the device."""
         x = evaluate.take(self.x, self.rows[index], self.y.device)
         return x, evaluate.take(self.y, index, self.y.device)
 
@@ -157,8 +155,8 @@ def choose_records(args, labels):
     """Labels of all records -> Labels to train on, Labels to validate on."""
     folds = data.TRAIN_FOLDS, data.VAL_FOLD, data.TEST_FOLD
     train, val, test = (labels.take(np.isin(labels.fold, some)) for some in folds)
-    sizes, positives = [len(part.row) for part in (train, val, test)], val.y.sum(0)
-    if min(sizes) < place()[1] or not ((0 < positives) & (positives < len(val.row))).any():
+    sizes = [len(part.row) for part in (train, val, test)]
+    if min(sizes) < place()[1] or not (val.y.any(0) & ~val.y.all(0)).any():
         raise InputError(f"{args.task}: {sizes} records in folds 1-8, 9 and 10; wanted some in "
                          "each, and positives and negatives of a class in fold 9: give a column "
                          "`fold`, or more records")
@@ -166,9 +164,10 @@ def choose_records(args, labels):
         print(f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
     train = train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed))
     a, b, c = (set(part.patient_id.tolist()) for part in (train, val, test))
-    if a & b | a & c | b & c:
-        print(f"{len(a & b | a & c | b & c)} patients are in more than one of training, validation "
-            "and test: the scores will be optimistic")
+    shared = a & b | a & c | b & c
+    if shared:
+        print(f"{len(shared)} patients are in more than one of training, validation and test: the "
+              "scores will be optimistic")
     return train, val
 
 
@@ -183,7 +182,7 @@ def train(args, device, labels, signals):
     probe, finetune = stages_of(args, len(batches))
 
     # Stage 1, preview linear probing: the backbone is frozen, so it runs once.
-    if run.done(probe) < probe.epochs:
+    if len(run.lines("probe")) < probe.epochs:
         head = torch.nn.Sequential(model.dropout, model.dense)
         features = [extract_features(model, split, amp) for split in (train_split, val_split)]
         for _ in epochs(run, probe, head, *features, amp=None):
@@ -199,7 +198,8 @@ def train(args, device, labels, signals):
     for states in epochs(run, finetune, model, train_split, val_split, amp):
         if run.is_best("finetune"):
             best = run.history[-1], copy.deepcopy(model.state_dict())
-        if time.perf_counter() - saved > SAVE_EVERY or run.done(finetune) == finetune.epochs:
+        last = len(run.lines("finetune")) == finetune.epochs
+        if last or time.perf_counter() - saved > SAVE_EVERY:
             if best:
                 run.save("best.pt", *best)
             run.save("last.pt", run.history[-1], **states)
@@ -219,9 +219,10 @@ def epochs(run, stage, module, train_split, val_split, amp):
     """Train `module` for the remaining epochs of `stage`; after each, yields the states of
     optimizer and scaler."""
     args, device, rank = run.args, train_split.y.device, place()[0]
+    done = len(run.lines(stage.name))
     optimizer = make_optimizer(stage, list(module.parameters()))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    if 0 < run.done(stage) < stage.epochs:
+    if 0 < done < stage.epochs:
         optimizer.load_state_dict(run.states["optimizer"])
         scaler.load_state_dict(run.states["scaler"])
         for group in optimizer.param_groups:    # as without a graph
@@ -229,14 +230,13 @@ def epochs(run, stage, module, train_split, val_split, amp):
     graphed = args.graph and device.type == "cuda" and not dist.is_initialized()
     step, net = GraphedStep(optimizer, device) if graphed else train_step, module
     if dist.is_initialized():
-        ids = [device.index] if device.type == "cuda" else None
-        net = torch.nn.parallel.DistributedDataParallel(module, device_ids=ids)
+        net = torch.nn.parallel.DistributedDataParallel(module)
 
-    for epoch in range(run.done(stage), stage.epochs):
+    for epoch in range(done, stage.epochs):
         torch.manual_seed(epoch_seed(args.seed, stage.name, epoch, 1 + rank))
         batches = epoch_batches(len(train_split.rows), args.batch_size,
                                 epoch_seed(args.seed, stage.name, epoch))
-        aurocs = [line["macro_auroc"] for line in run.history if line["stage"] == stage.name]
+        aurocs = [line["macro_auroc"] for line in run.lines(stage.name)]
         rates = learning_rates(stage, epoch, len(batches), aurocs)
         bar = tqdm(batches, f"{stage.name} {epoch + 1}/{stage.epochs}", leave=False, unit="step",
                    disable=True if rank else None)  # None: hidden unless in a terminal
@@ -314,8 +314,7 @@ def train_epoch(net, optimizer, scaler, split, batches, rates, clip=math.inf, am
                 group["lr"].fill_(rate)     # where a graph reads it
             else:
                 group["lr"] = rate
-        batch = split.batch(index)
-        losses.append(step(net, optimizer, scaler, *batch, clip, amp))
+        losses.append(step(net, optimizer, scaler, *split.batch(index), clip, amp))
     loss = torch.stack(losses).mean()
     if dist.is_initialized():
         dist.all_reduce(loss)
@@ -327,10 +326,9 @@ def infer_all(forward, split, amp):
     """`evaluate.infer`, shared among the processes, which all get the whole result."""
     rank, world = place()
     mine = np.array_split(split.rows, world)[rank]
-    parts = [evaluate.infer(forward, split.x, mine, split.y.device, amp)]
+    parts = [evaluate.infer(forward, split.x, mine, split.y.device, amp)] * world
     if dist.is_initialized():
-        part, parts = parts[0], [None] * world
-        dist.all_gather_object(parts, part)
+        dist.all_gather_object(parts, parts[rank])
     return np.concatenate(parts)
 
 
@@ -364,12 +362,11 @@ class Run:
 
     def __init__(self, args, train, val, device):
         self.args, self.history, self.states, self.clock = args, [], {}, time.perf_counter()
-        digest, world = hashlib.sha256(), place()[1]
-        for part in (train, val):
-            digest.update(repr(part.ecg_id.tolist()).encode() + part.y.tobytes())
+        world = place()[1]
+        labelled = [repr(part.ecg_id.tolist()).encode() + part.y.tobytes() for part in (train, val)]
         self.described = {"task": args.task, "classes": train.classes, "leads": args.leads,
                           "preprocessing": args.preprocess, "processes": world,
-                          "records": digest.hexdigest()}
+                          "records": hashlib.sha256(b"".join(labelled)).hexdigest()}
         torch.manual_seed(args.seed)
         self.model = network.ecgfounder(len(train.classes), len(args.leads), args.drop_path,
                                         args.drop_path_mode, args.dropout)
@@ -409,13 +406,12 @@ class Run:
         self.model.dense.reset_parameters()
         return self.args.weights + f" without {left_out} of its leads" * bool(left_out)
 
-    def done(self, stage):  # how many epochs of it
-        return sum(line["stage"] == stage.name for line in self.history)
+    def lines(self, *stages):   # of the history
+        return [line for line in self.history if line["stage"] in stages]
 
     def best(self, *stages):
         """The line of these stages with the best validation AUROC, the first of equals."""
-        lines = [line for line in self.history if line["stage"] in stages]
-        return max(lines, key=lambda line: line["macro_auroc"], default=None)
+        return max(self.lines(*stages), key=lambda line: line["macro_auroc"], default=None)
 
     def is_best(self, *stages):     # whether the last line is
         return self.best(*stages) is self.history[-1]

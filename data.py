@@ -1,5 +1,4 @@
-"""ECG datasets: labels of PTB-XL's tasks or of a table of your own, records, preprocessing, and a
-cache of preprocessed signals.
+"""ECG datasets: labels of PTB-XL or of a table of your own, records, a cache of their signals.
 
     python data.py --download --data ptbxl      # fetch PTB-XL 1.0.3 (1.7 GB) and preprocess it
     python data.py --data ptbxl                 # preprocess it; ends: ...: 21,799 records, 2.62 GB

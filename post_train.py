@@ -1,5 +1,4 @@
-"""Post-training of ECGFounder on PTB-XL: preview linear probing, then full fine-tuning with
-stochastic depth.
+"""Post-training of ECGFounder: preview linear probing, then fine-tuning with stochastic depth.
 
     python post_train.py --task diagnostic44 --frac 0.1                         # the method
     python post_train.py --task diagnostic44 --frac 0.1 --strategy baseline     # plain fine-tuning
@@ -70,8 +69,7 @@ RECIPE = {  # name: (post, baseline, what it is and the sources, one of them if 
 }
 CHOICES = {"schedule": ("cosine", "plateau"), "optimizer": ("adamw", "adam"),
            "drop_path_mode": network.MODES}
-Stage = namedtuple("Stage", "name epochs lr weight_decay final_lr schedule optimizer clip",
-                   defaults=(0.0, "cosine", "adamw", math.inf))     # the probe's
+Stage = namedtuple("Stage", "name epochs lr final_lr schedule optimizer weight_decay clip")
 
 
 def stages_of(args, steps):
@@ -80,8 +78,9 @@ def stages_of(args, steps):
     # incentive to improve them (Ren et al. 2023).
     preview = min(30, max(1, round(PREVIEW_STEPS / steps))) if args.epochs else 30
     epochs = preview if args.probe_epochs is None else args.probe_epochs
-    finetune = Stage("finetune", *(getattr(args, option) for option in Stage._fields[1:]))
-    return Stage("probe", epochs, args.probe_lr, args.probe_weight_decay), finetune
+    probe = Stage("probe", epochs, args.probe_lr, 0.0, "cosine", "adamw", args.probe_weight_decay,
+                  math.inf)
+    return probe, Stage("finetune", *(getattr(args, option) for option in Stage._fields[1:]))
 
 
 def learning_rates(stage, epoch, steps, aurocs):
@@ -190,22 +189,21 @@ def train(args, device, labels, signals):
                 best = copy.deepcopy(head.state_dict())
         head.load_state_dict(best)      # later epochs may overfit
         run.save("probe.pt", run.best("probe"))
-    if not finetune.epochs:
-        run.save("best.pt", run.best("probe"))
 
     # Stage 2, fine-tuning: everything, with stochastic depth.
     best, saved = None, time.perf_counter()
     for states in epochs(run, finetune, model, train_split, val_split, amp):
         if run.is_best("finetune"):
             best = run.history[-1], copy.deepcopy(model.state_dict())
-        last = len(run.lines("finetune")) == finetune.epochs
-        if last or time.perf_counter() - saved > SAVE_EVERY:
+        if run.history[-1]["epoch"] == finetune.epochs or time.perf_counter() - saved > SAVE_EVERY:
             if best:
                 run.save("best.pt", *best)
             run.save("last.pt", run.history[-1], **states)
             best, saved = None, time.perf_counter()
 
-    if probe.epochs and finetune.epochs and args.interpolate:
+    if not finetune.epochs:
+        run.save("best.pt", run.best("probe"))
+    elif probe.epochs and args.interpolate:
         interpolate(run, val_split)
 
 
@@ -216,8 +214,7 @@ def extract_features(model, split, amp):
 
 
 def epochs(run, stage, module, train_split, val_split, amp):
-    """Train `module` for the remaining epochs of `stage`; after each, yields the states of
-    optimizer and scaler."""
+    """Train `module` for the rest of `stage`; yields optimizer's and scaler's state each epoch."""
     args, device, rank = run.args, train_split.y.device, place()[0]
     done = len(run.lines(stage.name))
     optimizer = make_optimizer(stage, list(module.parameters()))
@@ -251,9 +248,8 @@ def epochs(run, stage, module, train_split, val_split, amp):
 
 
 def train_step(net, optimizer, scaler, x, y, clip, amp):
-    """One step on a batch -> its loss, a tensor on the device, which is not waited for. scaler:
-    torch's GradScaler, which does nothing unless it is enabled (fp16). amp: dtype of autocast, None
-    for float32."""
+    """One step on a batch -> its loss, a tensor on the device, which is not waited for. scaler: a
+    GradScaler, which does nothing unless enabled (fp16). amp: autocast's dtype, None: float32."""
     with torch.autocast(x.device.type, amp, enabled=amp is not None):
         logits = net(x)
     loss = F.binary_cross_entropy_with_logits(logits.float(), y)

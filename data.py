@@ -538,7 +538,7 @@ def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-
     """End the script with one line and status 2 for what the user can mend: InputError, system
     errors, and the exceptions `more`. What the terminal cannot show is printed escaped."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # a notebook's
+        with suppress(AttributeError, OSError):     # a notebook's; one pointed elsewhere by dup2
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield

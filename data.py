@@ -12,6 +12,7 @@ millivolts, or unitless after normalization. Needs NumPy, SciPy, wfdb and tqdm (
 import argparse
 import ast
 import csv
+import errno
 import json
 import math
 import os
@@ -280,7 +281,7 @@ def read_header(path):
         for i, (file, form, gain, numbers, name) in enumerate(header_lines(part)[1:]):
             mat = file.endswith(".mat") and np.fromfile(Path(part).with_name(file), "S10", 1)
             if mat == b"MATLAB 5.0":
-                raise InputError(f"{path}: {file} is a MATLAB 5 file; wanted MATLAB 4, as by "
+                raise InputError(f"{file} is a MATLAB 5 file; wanted MATLAB 4, as by "
                                  "scipy.io.savemat(..., format='4')")
             # wfdb drops the micro sign, whatever its encoding.
             unit = re.sub(r"[^!-~]+(?=v$)", "u", gain.partition("/")[2].lower()) or "mv"
@@ -299,7 +300,7 @@ def read_header(path):
     return Header(frame_rate, frames or 0, bool(segments), signals)
 
 
-def find_leads(path, header, leads):
+def find_leads(header, leads):
     """({lead: Signal} to read, the leads that follow from I and II). Raises InputError for a record
     without a lead, in a unit that is no voltage, or with leads of different rates."""
     derived = [lead for lead in leads if lead in DERIVED and lead not in header.signals]
@@ -307,13 +308,13 @@ def find_leads(path, header, leads):
     wanted = {lead: header.signals.get(lead) for lead in needed if lead not in derived}
     missing = [lead for lead, found in wanted.items() if found is None]
     if missing:
-        raise InputError(f"{path}: has no lead {missing[0]} (it has {', '.join(header.signals)}); "
+        raise InputError(f"has no lead {missing[0]} (it has {', '.join(header.signals)}); "
                          f"wanted {', '.join(leads)}; rename those that have another name")
     if len({found.per_frame for found in wanted.values()}) > 1:
-        raise InputError(f"{path}: has leads of several sampling rates; wanted one rate")
+        raise InputError("has leads of several sampling rates; wanted one rate")
     other = {found.unit for found in wanted.values()} - {*MILLIVOLTS}
     if other:
-        raise InputError(f"{path}: is in {', '.join(other)}; wanted one of mV, uV, nV, V")
+        raise InputError(f"is in {', '.join(other)}; wanted one of mV, uV, nV, V")
     return wanted, derived
 
 
@@ -324,7 +325,7 @@ def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
     what wfdb raises, and InputError for a record whose leads, units or checksums are not right."""
     import wfdb
     header = header or read_header(path)
-    wanted, derived = find_leads(path, header, leads)
+    wanted, derived = find_leads(header, leads)
     per_frame, rate = next(iter(wanted.values())).per_frame, header.frame_rate
     fs, first, last = rate * per_frame, 0, None     # first and last count frames
     whole = seconds is None or header.frames <= CHECKED_SECONDS * rate
@@ -335,7 +336,7 @@ def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
     if whole and not header.segmented:
         for (lead, found), samples in zip(wanted.items(), record.e_d_signal):
             if found.checksum not in (0, samples.sum() % 65536):
-                raise InputError(f"{path}: lead {lead} has not the checksum of its header, which "
+                raise InputError(f"lead {lead} has not the checksum of its header, which "
                                  "belongs to another signal file")
     samples = record.e_p_signal if header.segmented else record.dac(expanded=True)
     volts = {lead: MILLIVOLTS[wanted[lead].unit] * x for lead, x in zip(wanted, samples)}
@@ -398,7 +399,7 @@ def load_windows(path, how="filter", leads=LEADS):
     Raises InputError for a record that cannot be read or has no such window."""
     try:
         header, any_signal = read_header(path), False
-        derived = ", ".join(find_leads(path, header, leads)[1])
+        derived = ", ".join(find_leads(header, leads)[1])
         n = max(1, int(header.frames / header.frame_rate / 10 + 1e-6))
         for i in range(n):
             signal, fs = read_record(path, leads, 10 * i, 11, header)
@@ -411,7 +412,7 @@ def load_windows(path, how="filter", leads=LEADS):
             raise InputError("its leads are missing or flat")
     except Exception as error:  # wfdb raises almost anything for a malformed header or short file
         why = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        text = f"{path}: no ECG can be read from this WFDB record ({why})"
+        text = f"{path}: no ECG can be read from this WFDB record: {why}"
         raise InputError(" ".join(text.split())) from None
 
 
@@ -549,6 +550,7 @@ def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-
         status, line = 2, " ".join(str(error).split())
         if isinstance(error, OSError) and error.strerror:
             line = f"{error.filename or 'the system'}: {error.strerror.lower()}"
+            line += "; make room" * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
     sys.stderr.write(f"{script}: {line}\n")
     sys.exit(status)
 

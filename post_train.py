@@ -481,9 +481,11 @@ def parse(argv):
 def check(args):
     """Raise InputError for unusable arguments, before anything is read or written."""
     least = 0 if args.epochs else 1     # epochs of the probe
-    good = {"frac": 0 < args.frac <= 1, "epochs": args.epochs >= 0, "seed": args.seed >= 0,
+    good = {"frac": 0 < args.frac <= 1, "epochs": args.epochs >= 0, "seed": 0 <= args.seed < 2**32,
             "probe_epochs": args.probe_epochs is None or args.probe_epochs >= least,
-            "lr": args.lr > 0, "probe_lr": args.probe_lr > 0, "clip": args.clip > 0,
+            "lr": 0 < args.lr < math.inf, "probe_lr": 0 < args.probe_lr < math.inf,
+            "final_lr": args.final_lr >= 0, "weight_decay": args.weight_decay >= 0,
+            "probe_weight_decay": args.probe_weight_decay >= 0, "clip": args.clip > 0,
             "batch_size": args.batch_size >= place()[1], "drop_path": 0 <= args.drop_path < 1,
             "dropout": 0 <= args.dropout < 1}
     bad = [name for name, fine in good.items() if not fine]

@@ -125,10 +125,11 @@ def test_thresholds_have_the_best_f1_on_fold_9(undisturbed, tiny):
         best = max(f1_score(y[:, c], prob[:, c] >= t) for t in prob[:, c])
         assert found in prob[:, c] and f1_score(y[:, c], prob[:, c] >= found) == best
     assert np.isnan(evaluate.best_thresholds(y, prob)[4:]).all()
-    nine = evaluate.predict_folds(undisturbed / "best.pt", [9])
+    checkpoint, model = evaluate.load_model(undisturbed / "best.pt")
+    labels, signals = data.load_records(checkpoint["data"], "rhythm12")
+    nine = evaluate.predict(checkpoint, model, labels.take(labels.fold == 9), signals, "cpu")
     want = evaluate.best_thresholds(nine["y_true"], nine["y_prob"])
-    saved = torch.load(undisturbed / "best.pt", weights_only=True)["thresholds"]
-    np.testing.assert_allclose(saved, want, atol=1e-6)
+    np.testing.assert_allclose(checkpoint["thresholds"], want, atol=1e-6)
 
 
 def test_many_records_make_one_table(clinic, fails, monkeypatch):

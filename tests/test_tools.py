@@ -90,7 +90,7 @@ def test_the_readmes_code_runs(demo_set, tmp_path, monkeypatch):
     founder = network.ecgfounder(150)
     torch.save({"state_dict": founder.state_dict()}, tmp_path / network.OFFICIAL)
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", PAGES, re.S)[1]
+    code = re.search(r"## Copying.*?```python\n(.*?)```", PAGES, re.S)[1]
     found = {}
     exec(code.replace("path/to/record", str(demo_set / "records500/00000/00001_hr")), found)
     assert found["logits"].shape == (1, 5)

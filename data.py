@@ -50,7 +50,8 @@ DATABASE, STATEMENTS = "ptbxl_database.csv", "scp_statements.csv"
 NOT_CLASSES = ("record", "ecg_id", "patient_id", "fold")    # of a custom table's columns
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 FOLDS = {f"{fold}{end}": fold for fold in range(1, 11) for end in ("", ".0")}
-UNKNOWN = r"(nan?|n/a|<na>|none|null|unk(nown)?|anonym\w*|[-?.]+|0+|-\d+)?"     # patient_id
+UNKNOWN = (r"(#?n[./]?a\.?n?|<na>|nat|none|\(?null\)?|missing|\W*(not )?unk(nown)?\W*( patient)?|"
+           r"not (available|known)|anonym\w*|[-?.]+|0+(\.0)?|-\d+(\.0)?)?")      # patient_id
 PREPROCESSING = ("filter", "zscore", "raw")
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
 MAX_MILLIVOLTS = 1e4            # an ECG's amplitude is about 1; the largest float16 is 65504
@@ -61,8 +62,8 @@ LEAD_OF = {lead.lower(): lead for lead in LEADS} | {
 DERIVED = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I, II
 RECORD_LINE = {     # of a WFDB header, its first line: what each cell must be
     "record's name": r"[-\w]+(/\d+)?", "number of signals": r"\d+", "rate": r"\d+(\.\d*)?(/\S+)?",
-    "number of samples": r"\d+", "time": r"(([01]?\d|2[0-3]):)?([0-5]?\d:)?[0-5]?\d(\.\d+)?",
-    "date": r"(0?[1-9]|[12]\d|3[01])/(0?[1-9]|1[0-2])/\d{4}"}
+    "number of samples": r"\d+"}
+SEGMENT_LINE = {"segment's name": r"[-\w]*~?", "segment's length": r"\d+"}
 SIGNAL_LINE = {"file": r"~?[-\w]*(\.\w*)?", "format": r"\d+(x\d+)?(:\d+)?(\+\d+)?",
                "gain": r"(-?\d*\.?\d*(e[+-]?\d+)?(\(-?\d+\))?(/\S*)?)?"}
 SIGNAL_CELLS = r"(\S+)\s*(\S*)\s*([-+.\d]\S*)?((?:\s+-?\d+){0,5})\s*(.*)"   # ..., numbers, name
@@ -151,10 +152,12 @@ def read_csv(path, needed):
     is left out: a first line `sep=,`, columns without a name and a cell."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            mark = re.match(r'"?sep=(.)', f.readline())
+            first = f.readline()
+            mark = re.match(r'"?sep=(.)', first)
             f.seek(0)
-            rows = csv.reader(f, delimiter=mark[1] if mark else ",")
-            rows = [[cell.strip() for cell in row] for row in rows if any(row)][bool(mark):]
+            rows = csv.reader(f, delimiter=mark[1] if mark else max(",;\t", key=first.count))
+            rows = [[cell.strip() for cell in row] for row in rows if "".join(row).strip()]
+            rows = rows[bool(mark):]
         names, *rows = rows or [[]]
         ragged = [i for i, row in enumerate(rows, 2) if len(row) != len(names)]
         if ragged:
@@ -165,10 +168,11 @@ def read_csv(path, needed):
                              f"wanted {', '.join(map(repr, needed))}, and none twice")
     except (OSError, ValueError, csv.Error) as error:
         problem = error if isinstance(error, InputError) else f"not a csv file in UTF-8 ({error})"
-        remedy = "a table that has moved, or another one, is given with --task"
+        if isinstance(error, FileNotFoundError):
+            problem = "no such file; a table that has moved is given with --task"
         if path.name in (DATABASE, STATEMENTS):
-            remedy = f"`python data.py --download --data {path.parent}` fetches PTB-XL"
-        raise InputError(f"{path}: {problem}; {remedy}") from None
+            problem = f"{problem}; `python data.py --download --data {path.parent}` fetches PTB-XL"
+        raise InputError(f"{path}: {problem}") from None
     return dict(columns)
 
 
@@ -210,7 +214,7 @@ def ptbxl_classes(path, table, task):
 def own_classes(path, table):
     """(y, classes) of a custom table."""
     classes, known = [name for name in table if name not in NOT_CLASSES], ", ".join(NOT_CLASSES)
-    if not classes or "" in classes:
+    if not classes or any(re.match("$|Unnamed:", name) for name in classes):
         raise InputError(f"{path}: wanted, besides {known}, a column of 0 and 1 for each class, "
                          "with its name (pandas: to_csv(..., index=False))")
     wanted = (f"0 or 1, as all columns but {known} are classes; leave out records whose label is "
@@ -236,32 +240,37 @@ def parse_leads(text):
 
 
 def lead_called(name):
-    """The lead that a signal's name means, such as "MDC_ECG_LEAD_III" or "D3"; else the name."""
-    short = re.sub(r"^(mdc_)?(e[ck]g)?[ _.:]*(lead)?[ _.:]*", "", name.strip().lower())
-    return LEAD_OF.get(short, name.strip())
+    """The lead that a signal's name means, as "Lead III (Einthoven)" or "D3"; else the name."""
+    short = re.sub(r"^((mdc_)?e[ck]g[ _.:-]*)?(lead[ _.:-]*)?| *[([].*$", "", name.strip().lower())
+    return LEAD_OF.get(re.sub(r"[ _](?=\d$)", "", short), name.strip())
 
 
-# frames: 0 if unknown; signals: {lead, or the name of what is none: Signal}
+# frames: 0 if unknown; signals: {lead, or the name of what is none: Channel}
 Header = namedtuple("Header", "frame_rate frames segmented signals")
 # place: among the signals; per_frame: samples; checksum: of all its samples modulo 65536, or 0
-Signal = namedtuple("Signal", "place per_frame unit checksum")
+Channel = namedtuple("Channel", "place per_frame unit checksum")
 
 
 def header_lines(path):
     """The lines of a WFDB header but comments, in cells: the record's, then one for each segment or
     signal (file, format, gain, numbers, name). Raises InputError for what wfdb cannot read."""
-    text = Path(f"{path}.hea").read_bytes().decode("utf-8", "surrogateescape")
+    text = Path(f"{path}.hea").read_bytes().decode("utf-8-sig", "surrogateescape")
     found = []
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
         if not line or line.startswith("#"):
             continue
-        cells, forms = line.split(), {} if found else RECORD_LINE
-        if found and "/" not in found[0][0]:
+        if not found:
+            cells, forms = line.split(), RECORD_LINE
+        elif "/" in found[0][0]:
+            cells, forms = [*line.split(), ""], SEGMENT_LINE    # "" if its length is missing
+        else:
             cells, forms = re.match(SIGNAL_CELLS, line).groups(""), SIGNAL_LINE
         for cell, (part, form) in zip(cells, forms.items()):
             if not re.fullmatch(form, cell):
                 raise InputError(f"{path}.hea: line {number}: the {part} {cell!r} is not WFDB's")
         found.append(cells)
+    if not found:
+        raise InputError(f"{path}.hea: is empty")
     return found
 
 
@@ -274,34 +283,40 @@ def segments_of(path):
 
 def read_header(path):
     """The Header of a WFDB record. Raises InputError for one that cannot be read."""
-    record, segments, signals = header_lines(path)[0], segments_of(path), {}
+    record, segments, signals, layout = header_lines(path)[0], segments_of(path), {}, False
     # The first segment has all signals: it is like the others, or a layout of them.
-    for part in segments or [path]:
+    for part in segments or [Path(path)]:
         found = {}
         for i, (file, form, gain, numbers, name) in enumerate(header_lines(part)[1:]):
-            mat = file.endswith(".mat") and np.fromfile(Path(part).with_name(file), "S10", 1)
-            if mat == b"MATLAB 5.0":
-                raise InputError(f"{file} is a MATLAB 5 file; wanted MATLAB 4, as by "
+            if file.endswith(".mat") and b"MATLAB " in np.fromfile(part.with_name(file), "S7", 1):
+                raise InputError(f"{file} is a file of MATLAB 5 or later; wanted MATLAB 4, as by "
                                  "scipy.io.savemat(..., format='4')")
             # wfdb drops the micro sign, whatever its encoding.
             unit = re.sub(r"[^!-~]+(?=v$)", "u", gain.partition("/")[2].lower()) or "mv"
             per_frame = re.search(r"x(\d+)|$", form)[1]
             checksum = 0 if segments or ":" in form else [*numbers.split(), 0, 0, 0, 0][3]
-            signal = Signal(i, int(per_frame or 1), unit, int(checksum) % 65536)
-            found.setdefault(lead_called(name), signal)
-        for lead, signal in found.items():
-            first = signals.setdefault(lead, signal)
-            if first.unit != signal.unit:
-                signals[lead] = first._replace(unit=f"{first.unit} and {signal.unit}")
-    frame_rate = float(record[2].partition("/")[0]) if len(record) > 2 else 250.0
+            channel = Channel(i, int(per_frame or 1), unit, int(checksum) % 65536)
+            found.setdefault(lead_called(name), channel)
+            layout |= file == "~"       # has no samples, and its units mean nothing
+        for lead, channel in found.items():
+            first = signals.setdefault(lead, channel)
+            if layout and part in segments[:1]:
+                signals[lead] = first._replace(unit="")
+            elif first.unit in ("", channel.unit):
+                signals[lead] = channel._replace(place=first.place)
+            else:
+                signals[lead] = first._replace(unit=f"{first.unit} and {channel.unit}")
+        if [*found] != [*signals] and not layout:
+            raise InputError("has segments of different signals, or in another order")
+    rate = float(record[2].partition("/")[0]) if len(record) > 2 else 250.0
     frames = int(record[3]) if len(record) > 3 else None
-    if frames == 0:
-        raise InputError(f"{path}.hea: line 1: the number of samples is 0")
-    return Header(frame_rate, frames or 0, bool(segments), signals)
+    if frames == 0 or not rate:
+        raise InputError(f"{path}.hea: line 1: has 0 samples, or 0 a second")
+    return Header(rate, frames or 0, bool(segments), signals)
 
 
 def find_leads(header, leads):
-    """({lead: Signal} to read, the leads that follow from I and II). Raises InputError for a record
+    """({lead: Channel} to read, leads that follow from I and II). Raises InputError for a record
     without a lead, in a unit that is no voltage, or with leads of different rates."""
     derived = [lead for lead in leads if lead in DERIVED and lead not in header.signals]
     needed = dict.fromkeys([*leads, *("I", "II") * bool(derived)])
@@ -400,6 +415,9 @@ def load_windows(path, how="filter", leads=LEADS):
     try:
         header, any_signal = read_header(path), False
         derived = ", ".join(find_leads(header, leads)[1])
+        if not header.frames:
+            signal, fs = read_record(path, leads, header=header)
+            header = header._replace(frames=int(signal.shape[1] / fs * header.frame_rate))
         n = max(1, int(header.frames / header.frame_rate / 10 + 1e-6))
         for i in range(n):
             signal, fs = read_record(path, leads, 10 * i, 11, header)
@@ -412,6 +430,8 @@ def load_windows(path, how="filter", leads=LEADS):
             raise InputError("its leads are missing or flat")
     except Exception as error:  # wfdb raises almost anything for a malformed header or short file
         why = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        if re.search("time data|out of range for", str(why)):
+            why = f"line 1 of the .hea: the time or date: {error}"
         text = f"{path}: no ECG can be read from this WFDB record: {why}"
         raise InputError(" ".join(text.split())) from None
 

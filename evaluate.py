@@ -338,7 +338,7 @@ def in_order(name, p, ecg_id, classes):
     place = {value: i for i, value in enumerate(p["ecg_id"].tolist())}
     if len(place) < len(p["ecg_id"]) or place.keys() != {*ecg_id.tolist()}:
         raise InputError(f"{name}: its {len(p['y_true'])} records are not those of the first file; "
-                         "wanted the same, each once, by ecg_id")
+                         "wanted the same, each once, by ecg_id, in every file")
     rows, columns = [place[value] for value in ecg_id.tolist()], p["classes"].tolist()
     at = np.ix_(rows, [columns.index(c) for c in classes])
     return {"y_true": p["y_true"][at], "y_prob": p["y_prob"][at], "classes": classes,
@@ -378,6 +378,7 @@ def find_records(paths):
     records, segments = dict.fromkeys(map(data.strip_extension, files)), set()
     for record in records:      # a .hea and its .dat are one
         with suppress(OSError, ValueError):     # what cannot be read is said later
+            data.read_header(record)
             segments |= {*data.segments_of(record)}
     return [record for record in records if Path(record) not in segments]
 
@@ -528,6 +529,8 @@ def main(argv=None):
                 raise InputError(f"{path}: wanted a {' or '.join(ends)} file in an existing folder")
         if len(args.models) > 1 and (args.out or args.record):
             raise InputError("--out and --record go with one file; give one")
+        if args.record and args.json or args.plot and not args.record:
+            raise InputError("--plot goes with --record, --json without it")
         (run_records if args.record else run)(args, pick_device(args.device))
 
 

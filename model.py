@@ -163,10 +163,10 @@ ecgfounder = ECGFounder
 
 # ------------------------------------------------------------------------------------------ weights
 def read_checkpoint(path):
-    """Read a checkpoint -> dict with at least `state_dict`, on the CPU; a `model_state_dict`, or a
-    bare state_dict, becomes one, and a prefix that a wrapper gave all keys goes. No code in the
-    file is ever run: besides tensors and plain data only NumPy's numbers are allowed, which the
-    official files hold (pickled under NumPy 1's names). Raises WeightsError for anything else."""
+    """Read a checkpoint -> dict with at least `state_dict`, on the CPU: the weights, whatever the
+    file calls them, without the prefix of a wrapper. No code in the file is ever run: besides
+    tensors and plain data only NumPy's numbers are allowed, which the official files hold (pickled
+    under NumPy 1's names). Raises WeightsError for anything else."""
     scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
     numbers = [type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"]
     allowed = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
@@ -175,19 +175,23 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")     # what torch warns of here, it also refuses
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint.get("state_dict", checkpoint.get("model_state_dict", checkpoint))
+        holders = [part for part in (checkpoint, *checkpoint.values()) if isinstance(part, dict)
+                   and any(str(key).endswith(STEM) for key in part)]
+        state = checkpoint.get("state_dict", [*holders, checkpoint][0])
         fields = {} if state is checkpoint else checkpoint
         for key, value in state.items():
-            key + ""                # a text
-            value.float().numpy()   # a plain tensor, with data
+            key + ""                            # a text
+            value.detach().float().numpy()      # a plain tensor, with data
     except Exception as error:  # torch raises almost anything for a damaged file, with bad advice
         said = re.search(r"Unsupported global: GLOBAL \S+|No such file.*|$", str(error))[0]
         raise WeightsError(f"{path}: no checkpoint of tensors and plain data can be read "
-                           f"({said or type(error).__name__}); fetch or train it again; `python "
-                           "model.py --download` fetches the official weights") from None
-    for prefix in ("_orig_mod.", "module.", "model.") * 2:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+                           f"({said or type(error).__name__}); fetch or train it again, or save "
+                           "its state_dict alone; `python model.py --download` fetches the "
+                           "official weights") from None
+    prefixes = [key.removesuffix(STEM) for key in state if key.endswith(STEM)]
+    if len(prefixes) == 1 and prefixes[0]:      # beside it a wrapper may have tensors of its own
+        state = {key.removeprefix(prefixes[0]): value for key, value in state.items()
+                 if key.startswith(prefixes[0])}
     return {**fields, "state_dict": state}
 
 

@@ -151,9 +151,11 @@ def make_split(signals, labels, device):
 
 
 def choose_records(args, labels):
-    """Labels of all records -> Labels to train on, Labels to validate on."""
+    """Labels of all records -> Labels to train on, --frac of them, Labels to validate on."""
     folds = data.TRAIN_FOLDS, data.VAL_FOLD, data.TEST_FOLD
     train, val, test = (labels.take(np.isin(labels.fold, some)) for some in folds)
+    if len(train.row):
+        train = train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed))
     sizes = [len(part.row) for part in (train, val, test)]
     if min(sizes) < place()[1] or not (val.y.any(0) & ~val.y.all(0)).any():
         raise InputError(f"{args.task}: {sizes} records in folds 1-8, 9 and 10; wanted some in "
@@ -161,7 +163,6 @@ def choose_records(args, labels):
                          "`fold`, or more records")
     if data.is_own(args.task):
         print(f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
-    train = train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed))
     a, b, c = (set(part.patient_id.tolist()) for part in (train, val, test))
     shared = a & b | a & c | b & c
     if shared:

@@ -69,7 +69,8 @@ def write_layout(path, d):
 
 VOLTS = "1000000(0)/V"
 SPANISH = ["DI", "D2", "diii", *LEADS[3:]]
-SAID = ["Lead I", "ECG II", "MDC_ECG_LEAD_III", "lead_aVR", "EKG aVL", "AVF", *LEADS[6:]]
+SAID = ["Lead I (Einthoven)", "ECG II", "MDC_ECG_LEAD_III", "lead_aVR", "EKG-aVL", "AVF", "V 1",
+        *LEADS[7:]]
 
 
 @pytest.mark.parametrize("make", [
@@ -77,6 +78,7 @@ SAID = ["Lead I", "ECG II", "MDC_ECG_LEAD_III", "lead_aVR", "EKG aVL", "AVF", *L
     lambda path, d: write(path, d, SAID),
     lambda path, d: write(path, d, SPANISH),
     lambda path, d: write(path, d[::-1], LEADS[::-1]),
+    lambda path, d: write(path, d, first="\ufeff{} {} 500 {} 05-Feb-2020 11:39:16"),
     lambda path, d: write(path, d, gain=VOLTS, end="# 1 LSB/µV"),
     *(lambda path, d, unit=unit: write(path, d, gain=f"1(0)/{unit}")
       for unit in ("uV", "µV", "\u03bcV", "\udcb5V", "\udca6\udcccV")),
@@ -120,10 +122,11 @@ def test_limb_leads_follow_from_two(ecg, tmp_path):
 @pytest.mark.parametrize("make, words", [
     (lambda path, d: write(path, d, ["ECG", "MLII", *LEADS[2:]]), ["no lead I", "MLII", "rename"]),
     (lambda path, d: write(path, d, ["-aVR", *LEADS[1:]]), ["no lead I ", "-aVR"]),
+    (lambda path, d: write(path, d, first="{} {} 0 {}"), ["line 1", "0 a second"]),
     (lambda path, d: write_segments(path, d, "1000/mV", "1/uV"), ["mv and uv", "wanted one"]),
     (lambda path, d: write(path, d, first="{} {} 500 {} 10:00:00 29/13/2001"), ["line 1", "date"]),
     (lambda path, d: write(path, d, first="{}.mat {} 500 {}"), ["line 1", "name", ".mat"]),
-    (lambda path, d: write(path, d, first="{} {} 500 0"), ["line 1", "number of samples"]),
+    (lambda path, d: write(path, d, first="{} {} 500 0"), ["line 1", "0 samples"]),
     (lambda path, d: write(path, d, gain="1.0E3(0)/mV"), ["line 2", "gain", "1.0E3"]),
     (lambda path, d: np.roll(d, 1, 1).tofile(f"{write(path, d)}.dat"), ["lead I", "checksum"])])
 def test_refused(ecg, tmp_path, make, words):
@@ -139,7 +142,7 @@ def test_matlab_5_is_named(ecg, tmp_path):
     write(tmp_path / "r", ecg)
     header = (tmp_path / "r.hea").read_text().replace("r.dat 16", "r.mat 16+24")
     for text in (header, re.sub(r" \d+ 0 (?=\w+\n)", " 0 0 ", header)):
-        with pytest.raises(data.InputError, match="MATLAB 5 file.*format='4'"):
+        with pytest.raises(data.InputError, match="MATLAB 5 or later.*format='4'"):
             data.read_record(write_header(tmp_path / "r", text))
 
 
@@ -173,6 +176,7 @@ def folder(ecg, tmp_path, monkeypatch):
         Path(f"ecg/{name}.hea").parent.mkdir(exist_ok=True)
         Path(f"ecg/{name}.hea").write_bytes(b"\0\5\26\7Mac OS X")
     write_segments(Path("ecg/halves"), ecg, "1000/mV", "1000/mV")
+    write_header(Path("ecg/broken"), "broken/2 12 500 5000", "whole", "")
     write(Path("ecg", "\udcb2\udca1", "name"), ecg)
     Path("own.csv").write_text("\n".join(["record,a", *(f"{name},1" for name in EMPTY)]))
     return tmp_path
@@ -194,7 +198,7 @@ def test_record_keeps_all_predictions(folder, tiny, fails, monkeypatch):
     checkpoint = {"classes": ["a", "病"], "leads": [*LEADS], "preprocessing": "filter",
                   "state_dict": network.ecgfounder(2).state_dict()}
     torch.save(checkpoint, "x.pt")
-    fails(evaluate.main, ["x.pt", "--record", "ecg"], "3 of 9 records", "records.csv")
+    fails(evaluate.main, ["x.pt", "--record", "ecg"], "4 of 10 records", "records.csv")
     rows = {row["record"]: row for row in csv_of("records.csv")}
     assert {Path(name).name: row["notes"] for name, row in rows.items()} == {
         **{name: notes for name, (_, notes) in EMPTY.items() if notes is not None},
@@ -231,17 +235,30 @@ def test_a_long_record_is_read_in_parts(ecg, tmp_path, monkeypatch):
         np.testing.assert_array_equal(window, want.astype(np.float16))
 
 
+def test_a_header_need_not_say_how_long_its_record_is(ecg, tmp_path):
+    write(tmp_path / "r", np.hstack([ecg, ecg, ecg]), first="{} {} 500")
+    assert [note["windows"] for _, note in data.load_windows(tmp_path / "r", "raw")] == [3] * 3
+
+
+def test_segments_in_another_order_are_refused(ecg, tmp_path):
+    path = write_segments(tmp_path / "r", ecg, "1000/mV", "1000/mV")
+    write(tmp_path / "part1", ecg[::-1, 2500:], LEADS[::-1])
+    with pytest.raises(data.InputError, match="another order"):
+        data.read_record(path)
+
+
 def test_tables_of_excel(tmp_path):
     lines = ["record,patient_id,a", *(f"r{i},p{i // 2},{i % 2}" for i in range(40))]
     for text in ("\n".join(lines), ",,\n".join([*lines, ",,", ""]), "\n".join(["sep=,", *lines]),
-                 "\n".join(["sep=;", *lines]).replace(",", ";")):
+                 "\n".join(["sep=;", *lines]).replace(",", ";"),
+                 "\n".join(lines).replace(",", "\t")):
         (tmp_path / "own.csv").write_text(text)
         labels = data.load_labels(tmp_path, tmp_path / "own.csv")
         assert labels.classes == ["a"] and labels.y[:, 0].tolist() == [0, 1] * 20
         assert len({*labels.patient_id}) == 20
 
 
-@pytest.mark.parametrize("patient", ["unknown", "Unknown", "0", "0.0", "-", "?", "anonymous"])
+@pytest.mark.parametrize("patient", ["unknown", "[Unknown]", "0", "0.0", "-", "#N/A", "n.a."])
 def test_unknown_patients_are_each_their_own(tmp_path, patient):
     rows = [f"r{i},{('p', patient)[i % 2]},1" for i in range(40)]
     (tmp_path / "own.csv").write_text("\n".join(["record,patient_id,a", *rows]))
@@ -254,7 +271,8 @@ def test_weights_of_other_programs(tiny, tmp_path):
     named, wrapped = ({prefix + key: value for key, value in state.items()}
                       for prefix in ("module.", "_orig_mod.model."))
     notebook = {"state_dict": state, "mae": np.float32(4.2), "step": np.int64(3)}
-    for saved in (notebook, named, {"model_state_dict": wrapped}):
+    average = {"n_averaged": torch.tensor(3), **named}
+    for saved in (notebook, named, {"model_state_dict": wrapped}, {"ema": average, "epoch": 1}):
         torch.save(saved, tmp_path / "x.pth")
         model = network.ecgfounder(1)
         network.load_pretrained(model, tmp_path / "x.pth")

@@ -474,7 +474,7 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
             raise InputError(f"{root}: no such folder; give the dataset's with --data")
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as f, whole_file(about) as g:
-            notes = write_signals(f, root, records, how, leads, workers or os.cpu_count())
+            notes = write_signals(f, root, records, how, leads, max(1, workers or os.cpu_count()))
             g.write(json.dumps({**made_of, **notes}, indent=1).encode())
     notes = json.loads(about.read_text())
     unreadable = notes["unreadable"]

@@ -445,7 +445,8 @@ def plot_record(record, leads, caption, path):
         axis.grid(which=which, color="#f0a8a8", linewidth=0.2 + 0.1 * squares)
     axis.tick_params(which="both", length=0)
     title = f"{Path(record).name}    25 mm/s, 10 mm/mV\n{caption}"
-    figure.text(*[6, size[1] - 3] / size, title, va="top")
+    title = title.encode(errors="replace").decode()     # a name may have bytes that are not UTF-8
+    figure.text(*[6, size[1] - 3] / size, title, va="top", parse_math=False)
     with data.whole_file(path) as f:
         figure.savefig(f, format=Path(path).suffix.lstrip("."), dpi=120)
 

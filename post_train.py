@@ -46,9 +46,10 @@ FREE_ARGUMENTS = ("resume", "out", "data", "task", "device", "graph")
 SAVE_EVERY = 60     # seconds between checkpoints, unless an epoch takes longer
 
 # ------------------------------------------------------------------------------------------- recipe
-# What --strategy post and --strategy baseline do; every row is an option. Sources of the values:
-# community, a third-party re-implementation, as the paper's own were not available; official,
-# ECGFounder's fine-tuning recipe, which has no probe; ours, tuned on fold 9 or chosen untuned.
+SOURCES = """Sources of the values, of post and baseline if they are two: community, a third-party
+re-implementation, as the paper's own were not available; official, ECGFounder's fine-tuning recipe,
+which has no probe; ours, tuned on fold 9 or chosen untuned."""
+# What --strategy post and --strategy baseline do; every row is an option.
 RECIPE = {  # name: (post, baseline, what it is and the sources, one of them if it is both's)
     "probe_epochs": (None, 0, "auto: about 200 steps, or 30 epochs without fine-tuning; ours"),
     "probe_lr": (1e-3, 1e-3, "learning rate of the probe, by cosine to 0; ours"),
@@ -448,7 +449,7 @@ def save_checkpoint(path, checkpoint):
 
 # ------------------------------------------------------------------------------------- command line
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], epilog=SOURCES)
     add = parser.add_argument
     add("--task", required=True,
         help=f"one of {', '.join(data.TASKS)}, or a .csv table of your own (see README)")

@@ -36,7 +36,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def killed(at, *words):
     """Run a script that does not come back from its call number `at` of os.fsync."""
     done = subprocess.run([sys.executable, "-c", KILLED, str(at), *map(str, words)], cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == -signal.SIGKILL
 
 

@@ -245,8 +245,9 @@ def lead_called(name):
     return LEAD_OF.get(re.sub(r"[ _](?=\d$)", "", short), name.strip())
 
 
-# frames: 0 if unknown; signals: {lead, or the name of what is none: Channel}
-Header = namedtuple("Header", "frame_rate frames segmented signals")
+# frames: 0 if unknown; signals: {lead, or the name of what is none: Channel}; segments: of those of
+# a record in several: (path, Header, frames), or None where there is a gap or a mere layout
+Header = namedtuple("Header", "frame_rate frames signals segments")
 # place: among the signals; per_frame: samples; checksum: of all its samples modulo 65536, or 0
 Channel = namedtuple("Channel", "place per_frame unit checksum")
 
@@ -274,45 +275,34 @@ def header_lines(path):
     return found
 
 
-def segments_of(path):
-    """Paths of the segments of a WFDB record, [] if it has none."""
-    record, *lines = header_lines(path)
-    names = dict.fromkeys(cells[0] for cells in lines if "/" in record[0] and cells[0] != "~")
-    return [Path(path).with_name(name) for name in names]
-
-
 def read_header(path):
     """The Header of a WFDB record. Raises InputError for one that cannot be read."""
-    record, segments, signals, layout = header_lines(path)[0], segments_of(path), {}, False
-    # The first segment has all signals: it is like the others, or a layout of them.
-    for part in segments or [Path(path)]:
-        found = {}
-        for i, (file, form, gain, numbers, name) in enumerate(header_lines(part)[1:]):
-            if file.endswith(".mat") and b"MATLAB " in np.fromfile(part.with_name(file), "S7", 1):
-                raise InputError(f"{file} is a file of MATLAB 5 or later; wanted MATLAB 4, as by "
-                                 "scipy.io.savemat(..., format='4')")
-            # wfdb drops the micro sign, whatever its encoding.
-            unit = re.sub(r"[^!-~]+(?=v$)", "u", gain.partition("/")[2].lower()) or "mv"
-            per_frame = re.search(r"x(\d+)|$", form)[1]
-            checksum = 0 if segments or ":" in form else [*numbers.split(), 0, 0, 0, 0][3]
-            channel = Channel(i, int(per_frame or 1), unit, int(checksum) % 65536)
-            found.setdefault(lead_called(name), channel)
-            layout |= file == "~"       # has no samples, and its units mean nothing
-        for lead, channel in found.items():
-            first = signals.setdefault(lead, channel)
-            if layout and part in segments[:1]:
-                signals[lead] = first._replace(unit="")
-            elif first.unit in ("", channel.unit):
-                signals[lead] = channel._replace(place=first.place)
-            else:
-                signals[lead] = first._replace(unit=f"{first.unit} and {channel.unit}")
-        if [*found] != [*signals] and not layout:
-            raise InputError("has segments of different signals, or in another order")
+    record, *lines = header_lines(path)
+    signals, segments, total = {}, [], 0
+    if "/" in record[0]:
+        for name, frames, *_ in lines:
+            part = Path(path).with_name(name) if name != "~" else None
+            header = read_header(part) if part and int(frames) else None
+            segments.append((part, header, int(frames)))
+            total += int(frames)
+            signals = {**(header.signals if header else {}), **signals}
+        lines = []
+    for i, (file, form, gain, numbers, name) in enumerate(lines):
+        mat = Path(path).with_name(file)
+        if mat.suffix == ".mat" and b"MATLAB " in np.fromfile(mat, "S7", 1):
+            raise InputError(f"{file} is a file of MATLAB 5 or later; wanted MATLAB 4, as by "
+                             "scipy.io.savemat(..., format='4')")
+        # wfdb drops the micro sign, whatever its encoding.
+        unit = re.sub(r"[^!-~]+(?=v$)", "u", gain.partition("/")[2].lower()) or "mv"
+        per_frame = re.search(r"x(\d+)|$", form)[1]
+        checksum = 0 if ":" in form else [*numbers.split(), 0, 0, 0, 0][3]
+        channel = Channel(i, int(per_frame or 1), unit, int(checksum) % 65536)
+        signals.setdefault(lead_called(name), channel)
     rate = float(record[2].partition("/")[0]) if len(record) > 2 else 250.0
-    frames = int(record[3]) if len(record) > 3 else None
-    if frames == 0 or not rate:
+    frames = int(record[3]) if len(record) > 3 else total
+    if not rate or len(record) > 3 and not frames:
         raise InputError(f"{path}.hea: line 1: has 0 samples, or 0 a second")
-    return Header(rate, frames or 0, bool(segments), signals)
+    return Header(rate, frames, signals, segments)
 
 
 def find_leads(header, leads):
@@ -341,25 +331,46 @@ def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
     import wfdb
     header = header or read_header(path)
     wanted, derived = find_leads(header, leads)
+    if header.segments:
+        return read_segments(header, leads, start, seconds)
     per_frame, rate = next(iter(wanted.values())).per_frame, header.frame_rate
     fs, first, last = rate * per_frame, 0, None     # first and last count frames
     whole = seconds is None or header.frames <= CHECKED_SECONDS * rate
     if not whole:
         first, last = int(start * rate), min(header.frames, math.ceil((start + seconds) * rate))
     record = wfdb.rdrecord(str(path), first, last, [found.place for found in wanted.values()],
-                           physical=header.segmented, smooth_frames=False)
-    if whole and not header.segmented:
+                           physical=False, smooth_frames=False)
+    if whole:
         for (lead, found), samples in zip(wanted.items(), record.e_d_signal):
             if found.checksum not in (0, samples.sum() % 65536):
                 raise InputError(f"lead {lead} has not the checksum of its header, which "
                                  "belongs to another signal file")
-    samples = record.e_p_signal if header.segmented else record.dac(expanded=True)
-    volts = {lead: MILLIVOLTS[wanted[lead].unit] * x for lead, x in zip(wanted, samples)}
+    samples = zip(wanted.items(), record.dac(expanded=True))
+    volts = {lead: MILLIVOLTS[found.unit] * x for (lead, found), x in samples}
     for lead in derived:
         volts[lead] = DERIVED[lead][0] * volts["I"] + DERIVED[lead][1] * volts["II"]
     x, begin = np.stack([volts[lead] for lead in leads]), round(start * fs) - first * per_frame
     end = None if seconds is None else begin + math.ceil(seconds * fs)
     return x[:, begin:end].astype(np.float32), fs
+
+
+def read_segments(header, leads, start, seconds):
+    """`read_record` of one in segments: NaN where a segment, or a lead in it, is missing."""
+    rate, (channel, *_) = header.frame_rate, find_leads(header, leads)[0].values()
+    fs, stop, past = rate * channel.per_frame, header.frames / rate, 0
+    stop = stop if seconds is None else min(stop, start + seconds)
+    x = np.full((len(leads), math.ceil((stop - start) * fs - 1e-6)), np.nan, np.float32)
+    for path, part, frames in header.segments:
+        at, past = past / rate, past + frames
+        begin, end = max(start, at), min(stop, past / rate)
+        there = [i for i, lead in enumerate(leads) if part and (lead in part.signals or (
+            lead in DERIVED and {"I", "II"} <= part.signals.keys()))]
+        if there and begin < end:
+            piece, _ = read_record(path, [leads[i] for i in there], begin - at, end - begin, part)
+            first = round((begin - start) * fs)
+            piece = piece[:, :x.shape[1] - first]
+            x[there, first:first + piece.shape[1]] = piece
+    return x, fs
 
 
 def preprocess(signal, fs, how="filter"):

@@ -378,8 +378,7 @@ def find_records(paths):
     records, segments = dict.fromkeys(map(data.strip_extension, files)), set()
     for record in records:      # a .hea and its .dat are one
         with suppress(OSError, ValueError):     # what cannot be read is said later
-            data.read_header(record)
-            segments |= {*data.segments_of(record)}
+            segments |= {path for path, *_ in data.read_header(record).segments}
     return [record for record in records if Path(record) not in segments]
 
 

@@ -123,7 +123,7 @@ def test_limb_leads_follow_from_two(ecg, tmp_path):
     (lambda path, d: write(path, d, ["ECG", "MLII", *LEADS[2:]]), ["no lead I", "MLII", "rename"]),
     (lambda path, d: write(path, d, ["-aVR", *LEADS[1:]]), ["no lead I ", "-aVR"]),
     (lambda path, d: write(path, d, first="{} {} 0 {}"), ["line 1", "0 a second"]),
-    (lambda path, d: write_segments(path, d, "1000/mV", "1/uV"), ["mv and uv", "wanted one"]),
+    (lambda path, d: write_segments(path, np.roll(d, 1, 0), "1/mV", "1/Pa"), ["pa", "wanted one"]),
     (lambda path, d: write(path, d, first="{} {} 500 {} 10:00:00 29/13/2001"), ["line 1", "date"]),
     (lambda path, d: write(path, d, first="{}.mat {} 500 {}"), ["line 1", "name", ".mat"]),
     (lambda path, d: write(path, d, first="{} {} 500 0"), ["line 1", "0 samples"]),
@@ -240,11 +240,18 @@ def test_a_header_need_not_say_how_long_its_record_is(ecg, tmp_path):
     assert [note["windows"] for _, note in data.load_windows(tmp_path / "r", "raw")] == [3] * 3
 
 
-def test_segments_in_another_order_are_refused(ecg, tmp_path):
-    path = write_segments(tmp_path / "r", ecg, "1000/mV", "1000/mV")
-    write(tmp_path / "part1", ecg[::-1, 2500:], LEADS[::-1])
-    with pytest.raises(data.InputError, match="another order"):
-        data.read_record(path)
+def test_segments_of_any_kind(ecg, tmp_path):
+    """Of fewer leads, in another order, in another unit, and a gap: NaN where nothing is known."""
+    first, last = ecg[:, :2000], ecg[2:8, 2500:][::-1]
+    write(tmp_path / "part0", first)
+    write(tmp_path / "part1", last, LEADS[2:8][::-1], gain="1/µV")
+    path = write_header(tmp_path / "r", "r/3 12 500 5000", "part0 2000", "~ 500", "part1 2500")
+    want = np.where(np.arange(5000) < 2000, ecg / 1000, np.nan)
+    want[2:8, 2500:] = ecg[2:8, 2500:] / 1000
+    np.testing.assert_allclose(data.read_record(path)[0], want, atol=1e-6)
+    part, _ = data.read_record(path, ("V1", "III"), 3, 5)
+    np.testing.assert_allclose(part, want[[6, 2], 1500:4000], atol=1e-6)
+    assert next(data.load_windows(path, "raw"))[1]["lacking"] == "35 % of its samples"
 
 
 def test_tables_of_excel(tmp_path):

@@ -208,6 +208,14 @@ def test_fold_10_is_touched_by_nothing_before_the_end(run, demo, undisturbed, mo
     assert_same_run(out, undisturbed)
 
 
+def test_every_epoch_draws_anew(tiny, demo_set, tmp_path, monkeypatch):
+    """The seeds of the initialization and of four epochs."""
+    seeds, manual_seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    post_train.main(arguments(demo_set, tmp_path))
+    assert len(seeds) == len({*seeds}) == 5
+
+
 def test_killed_at_any_moment(run, demo, undisturbed, tmp_path, monkeypatch, capsys):
     """Before any change of its folder, and resumed with data elsewhere: the bits of a run that
     saves less often."""

@@ -66,7 +66,7 @@ RECORD_LINE = {     # of a WFDB header, its first line: what each cell must be
 SEGMENT_LINE = {"segment's name": r"[-\w]*~?", "segment's length": r"\d+"}
 SIGNAL_LINE = {"file": r"~?[-\w]*(\.\w*)?", "format": r"\d+(x\d+)?(:\d+)?(\+\d+)?",
                "gain": r"(-?\d*\.?\d*(e[+-]?\d+)?(\(-?\d+\))?(/\S*)?)?"}
-SIGNAL_CELLS = r"(\S+)\s*(\S*)\s*([-+.\d]\S*)?((?:\s+-?\d+){0,5})\s*(.*)"   # ..., numbers, name
+SIGNAL_CELLS = r"(\S+)\s*(\S*)\s*([-+.\d]\S*)?((?:\s+-?\d+){0,5})\s*(.*)"   # ..., 5 numbers, name
 LAYOUT = 6          # version of the cache; those of other versions are not used
 URL = ("https://physionet.org/static/published-projects/ptb-xl/"
        "ptb-xl-a-large-publicly-available-electrocardiography-dataset-1.0.3.zip")
@@ -241,12 +241,14 @@ def parse_leads(text):
 
 def lead_called(name):
     """The lead that a signal's name means, as "Lead III (Einthoven)" or "D3"; else the name."""
-    short = re.sub(r"^((mdc_)?e[ck]g[ _.:-]*)?(lead[ _.:-]*)?| *[([].*$", "", name.strip().lower())
+    # A minus is part of the name unless it joins two words: -aVR is not aVR.
+    prefix = r"^((mdc_)?e[ck]g(-|[ _.:]*))?(lead(-|[ _.:]*))?"
+    short = re.sub(rf"{prefix}| *[([].*$", "", name.strip().lower())
     return LEAD_OF.get(re.sub(r"[ _](?=\d$)", "", short), name.strip())
 
 
-# frames: 0 if unknown; signals: {lead, or the name of what is none: Channel}; segments: of those of
-# a record in several: (path, Header, frames), or None where there is a gap or a mere layout
+# frames: 0 if unknown; signals: {lead, or the name of what is none: Channel}; segments, if it is in
+# several: [(path, Header, frames)]; a gap has no path, and neither it nor a layout has a Header
 Header = namedtuple("Header", "frame_rate frames signals segments")
 # place: among the signals; per_frame: samples; checksum: of all its samples modulo 65536, or 0
 Channel = namedtuple("Channel", "place per_frame unit checksum")

@@ -121,7 +121,8 @@ def test_limb_leads_follow_from_two(ecg, tmp_path):
 
 @pytest.mark.parametrize("make, words", [
     (lambda path, d: write(path, d, ["ECG", "MLII", *LEADS[2:]]), ["no lead I", "MLII", "rename"]),
-    (lambda path, d: write(path, d, ["-aVR", *LEADS[1:]]), ["no lead I ", "-aVR"]),
+    (lambda path, d: write(path, d, [*LEADS[:3], "-aVR", *LEADS[4:6], "Lead -V1", *LEADS[7:]]),
+     ["no lead V1 ", "-aVR, ", "Lead -V1"]),
     (lambda path, d: write(path, d, first="{} {} 0 {}"), ["line 1", "0 a second"]),
     (lambda path, d: write_segments(path, np.roll(d, 1, 0), "1/mV", "1/Pa"), ["pa", "wanted one"]),
     (lambda path, d: write(path, d, first="{} {} 500 {} 10:00:00 29/13/2001"), ["line 1", "date"]),
@@ -177,6 +178,7 @@ def folder(ecg, tmp_path, monkeypatch):
         Path(f"ecg/{name}.hea").write_bytes(b"\0\5\26\7Mac OS X")
     write_segments(Path("ecg/halves"), ecg, "1000/mV", "1000/mV")
     write_header(Path("ecg/broken"), "broken/2 12 500 5000", "whole", "")
+    write_header(Path("ecg/circle"), "circle/1 12 500 5000", "circle 5000", "")
     write(Path("ecg", "\udcb2\udca1", "name"), ecg)
     Path("own.csv").write_text("\n".join(["record,a", *(f"{name},1" for name in EMPTY)]))
     return tmp_path
@@ -198,7 +200,7 @@ def test_record_keeps_all_predictions(folder, tiny, fails, monkeypatch):
     checkpoint = {"classes": ["a", "病"], "leads": [*LEADS], "preprocessing": "filter",
                   "state_dict": network.ecgfounder(2).state_dict()}
     torch.save(checkpoint, "x.pt")
-    fails(evaluate.main, ["x.pt", "--record", "ecg"], "4 of 10 records", "records.csv")
+    fails(evaluate.main, ["x.pt", "--record", "ecg"], "5 of 11 records", "records.csv")
     rows = {row["record"]: row for row in csv_of("records.csv")}
     assert {Path(name).name: row["notes"] for name, row in rows.items()} == {
         **{name: notes for name, (_, notes) in EMPTY.items() if notes is not None},

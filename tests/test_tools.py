@@ -2,7 +2,6 @@
 import re
 import runpy
 import shlex
-import shutil
 import sys
 
 import numpy as np

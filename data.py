@@ -12,7 +12,6 @@ millivolts, or unitless after normalization. Needs NumPy, SciPy, wfdb and tqdm (
 import argparse
 import ast
 import csv
-import errno
 import json
 import math
 import os
@@ -118,10 +117,9 @@ def read_table(root, task):
         raise InputError(f"task {task!r}: wanted {', '.join(TASKS)}, or a .csv table")
     table = read_csv(path, needed)
     records = [posixpath.normpath(strip_extension(cell)) for cell in table[needed[0]]]
-    columns = table.get("ecg_id", records), table.get("patient_id", [""] * len(records))
-    # without what pandas adds to numbers
-    ids, patients = ([cell.removesuffix(".0") for cell in column] for column in columns)
-    patients = ["" if is_unknown(who) else who for who in patients]
+    ids = [cell.removesuffix(".0") for cell in table.get("ecg_id", records)]    # pandas adds it
+    patients = ["" if is_unknown(who) else who.removesuffix(".0")
+                for who in table.get("patient_id", [""] * len(records))]
     for column, names in ((needed[0], records), ("ecg_id", ids)):
         bad = [name for name, count in Counter(names).items()
                if count > 1 or re.match(r"/|\.\.|\.?$", name)]
@@ -130,8 +128,8 @@ def read_table(root, task):
     if fold in table:
         folds = translate(path, fold, table[fold], FOLDS, "1-8 (train), 9 (validates), 10 (tests)")
     else:   # by a hash, so that a patient is in the same fold in every table and on every machine
-        people = (who or name for who, name in zip(patients, records))
-        folds = [1 + zlib.crc32(who.encode()) % 10 for who in people]
+        folds = [1 + zlib.crc32((who or record).encode()) % 10
+                 for who, record in zip(patients, records)]
     return path, {**table, "record": records, "ecg_id": ids, "patient_id": patients, "fold": folds}
 
 
@@ -151,14 +149,11 @@ def read_csv(path, needed):
     """A csv file with a header -> {column: its cells, without spaces around them}. What Excel adds
     is left out: a first line `sep=,`, columns without a name and a cell."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            first = f.readline()
-            mark = re.match(r'"?sep=(.)', first)
-            f.seek(0)
-            rows = csv.reader(f, delimiter=mark[1] if mark else max(",;\t", key=first.count))
-            rows = [[cell.strip() for cell in row] for row in rows if "".join(row).strip()]
-            rows = rows[bool(mark):]
-        names, *rows = rows or [[]]
+        lines = path.read_text("utf-8-sig").splitlines(keepends=True) or [""]
+        mark = re.match(r'"?sep=(.)', lines[0])
+        mark, lines = (mark[1], lines[1:]) if mark else (max(",;\t", key=lines[0].count), lines)
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark)]
+        names, *rows = [row for row in rows if any(row)] or [[]]
         ragged = [i for i, row in enumerate(rows, 2) if len(row) != len(names)]
         if ragged:
             raise InputError(f"row {ragged[0]} does not have {len(names)} cells")
@@ -167,12 +162,10 @@ def read_csv(path, needed):
             raise InputError(f"has {len(rows)} rows, and the columns {', '.join(names)[:200]}; "
                              f"wanted {', '.join(map(repr, needed))}, and none twice")
     except (OSError, ValueError, csv.Error) as error:
-        problem = error if isinstance(error, InputError) else f"not a csv file in UTF-8 ({error})"
-        if isinstance(error, FileNotFoundError):
-            problem = "no such file; a table that has moved is given with --task"
+        remedy = "wanted a csv table in UTF-8; --task gives its place"
         if path.name in (DATABASE, STATEMENTS):
-            problem = f"{problem}; `python data.py --download --data {path.parent}` fetches PTB-XL"
-        raise InputError(f"{path}: {problem}") from None
+            remedy = f"`python data.py --download --data {path.parent}` fetches PTB-XL"
+        raise InputError(f"{path}: {error}; {remedy}") from None
     return dict(columns)
 
 
@@ -247,7 +240,7 @@ def lead_called(name):
     return LEAD_OF.get(re.sub(r"[ _](?=\d$)", "", short), name.strip())
 
 
-# frames: 0 if unknown; signals: {lead, or the name of what is none: Channel}; segments, if it is in
+# signals: {lead, or the name of what is none: Channel}; segments, if it is in
 # several: [(path, Header, frames)]; a gap has no path, and neither it nor a layout has a Header
 Header = namedtuple("Header", "frame_rate frames signals segments")
 # place: among the signals; per_frame: samples; checksum: of all its samples modulo 65536, or 0
@@ -279,6 +272,7 @@ def header_lines(path):
 
 def read_header(path):
     """The Header of a WFDB record. Raises InputError for one that cannot be read."""
+    import wfdb
     record, *lines = header_lines(path)
     signals, segments, total = {}, [], 0
     if "/" in record[0]:
@@ -301,8 +295,8 @@ def read_header(path):
         channel = Channel(i, int(per_frame or 1), unit, int(checksum) % 65536)
         signals.setdefault(lead_called(name), channel)
     rate = float(record[2].partition("/")[0]) if len(record) > 2 else 250.0
-    frames = int(record[3]) if len(record) > 3 else total
-    if not rate or len(record) > 3 and not frames:
+    frames = int(record[3]) if len(record) > 3 else total or len(wfdb.rdrecord(str(path)).p_signal)
+    if not rate or not frames:
         raise InputError(f"{path}.hea: line 1: has 0 samples, or 0 a second")
     return Header(rate, frames, signals, segments)
 
@@ -328,51 +322,44 @@ def find_leads(header, leads):
 def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
     """A WFDB record (path without extension) -> float32 (leads, n) in millivolts, and its sampling
     rate in Hz; `seconds` of it, from `start` on. Leads are found by name, in any order; III, aVR,
-    aVL and aVF may follow from I and II. Other units are converted; missing samples are NaN. Raises
-    what wfdb raises, and InputError for a record whose leads, units or checksums are not right."""
-    import wfdb
+    aVL and aVF may follow from I and II. Other units are converted; missing samples are NaN, as is
+    all of a lead that a segment lacks. Raises what wfdb raises, and InputError for a record whose
+    leads, units or checksums are not right."""
     header = header or read_header(path)
-    wanted, derived = find_leads(header, leads)
-    if header.segments:
-        return read_segments(header, leads, start, seconds)
-    per_frame, rate = next(iter(wanted.values())).per_frame, header.frame_rate
-    fs, first, last = rate * per_frame, 0, None     # first and last count frames
-    whole = seconds is None or header.frames <= CHECKED_SECONDS * rate
-    if not whole:
-        first, last = int(start * rate), min(header.frames, math.ceil((start + seconds) * rate))
-    record = wfdb.rdrecord(str(path), first, last, [found.place for found in wanted.values()],
-                           physical=False, smooth_frames=False)
-    if whole:
-        for (lead, found), samples in zip(wanted.items(), record.e_d_signal):
-            if found.checksum not in (0, samples.sum() % 65536):
-                raise InputError(f"lead {lead} has not the checksum of its header, which "
-                                 "belongs to another signal file")
-    samples = zip(wanted.items(), record.dac(expanded=True))
-    volts = {lead: MILLIVOLTS[found.unit] * x for (lead, found), x in samples}
-    for lead in derived:
-        volts[lead] = DERIVED[lead][0] * volts["I"] + DERIVED[lead][1] * volts["II"]
-    x, begin = np.stack([volts[lead] for lead in leads]), round(start * fs) - first * per_frame
-    end = None if seconds is None else begin + math.ceil(seconds * fs)
-    return x[:, begin:end].astype(np.float32), fs
-
-
-def read_segments(header, leads, start, seconds):
-    """`read_record` of one in segments: NaN where a segment, or a lead in it, is missing."""
     rate, (channel, *_) = header.frame_rate, find_leads(header, leads)[0].values()
     fs, stop, past = rate * channel.per_frame, header.frames / rate, 0
     stop = stop if seconds is None else min(stop, start + seconds)
     x = np.full((len(leads), math.ceil((stop - start) * fs - 1e-6)), np.nan, np.float32)
-    for path, part, frames in header.segments:
-        at, past = past / rate, past + frames
-        begin, end = max(start, at), min(stop, past / rate)
+    for path, part, frames in header.segments or [(path, header, header.frames)]:
+        at, past = past, past + frames
+        first, last = max(0, int(start * rate) - at), min(frames, math.ceil(stop * rate) - at)
         there = [i for i, lead in enumerate(leads) if part and (lead in part.signals or (
             lead in DERIVED and {"I", "II"} <= part.signals.keys()))]
-        if there and begin < end:
-            piece, _ = read_record(path, [leads[i] for i in there], begin - at, end - begin, part)
-            first = round((begin - start) * fs)
-            piece = piece[:, :x.shape[1] - first]
-            x[there, first:first + piece.shape[1]] = piece
+        if there and first < last:
+            if frames <= CHECKED_SECONDS * rate:
+                first, last = 0, frames
+            piece = read_samples(path, part, [leads[i] for i in there], first, last)
+            begin = (at + first) * channel.per_frame - round(start * fs)    # in x
+            piece = piece[:, max(0, -begin):x.shape[1] - begin]
+            x[there, max(0, begin):max(0, begin) + piece.shape[1]] = piece
     return x, fs
+
+
+def read_samples(path, header, leads, first, last):
+    """Frames `first` to `last` of a WFDB record in one segment -> (leads, n) in millivolts."""
+    import wfdb
+    wanted, derived = find_leads(header, leads)
+    record = wfdb.rdrecord(str(path), first, last, [found.place for found in wanted.values()],
+                           physical=False, smooth_frames=False)
+    for (lead, found), samples in zip(wanted.items(), record.e_d_signal):
+        if last - first == header.frames and found.checksum not in (0, samples.sum() % 65536):
+            raise InputError(f"lead {lead} has not the checksum of its header, which belongs to "
+                             "another signal file")
+    samples = zip(wanted.items(), record.dac(expanded=True))
+    volts = {lead: MILLIVOLTS[found.unit] * x for (lead, found), x in samples}
+    for lead in derived:
+        volts[lead] = DERIVED[lead][0] * volts["I"] + DERIVED[lead][1] * volts["II"]
+    return np.stack([volts[lead] for lead in leads])
 
 
 def preprocess(signal, fs, how="filter"):
@@ -428,9 +415,6 @@ def load_windows(path, how="filter", leads=LEADS):
     try:
         header, any_signal = read_header(path), False
         derived = ", ".join(find_leads(header, leads)[1])
-        if not header.frames:
-            signal, fs = read_record(path, leads, header=header)
-            header = header._replace(frames=int(signal.shape[1] / fs * header.frame_rate))
         n = max(1, int(header.frames / header.frame_rate / 10 + 1e-6))
         for i in range(n):
             signal, fs = read_record(path, leads, 10 * i, 11, header)
@@ -576,39 +560,30 @@ def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
-        return
-    except KeyboardInterrupt:
-        status, line = 130, interrupted
-    except (InputError, OSError, *more) as error:
-        status, line = 2, " ".join(str(error).split())
-        if isinstance(error, OSError) and error.strerror:
-            line = f"{error.filename or 'the system'}: {error.strerror.lower()}"
-            line += "; make room" * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-    sys.stderr.write(f"{script}: {line}\n")
-    sys.exit(status)
+    except (KeyboardInterrupt, InputError, OSError, *more) as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        line = interrupted if stopped else " ".join(str(error).split())
+        sys.stderr.write(f"{script}: {line}\n")
+        sys.exit(130 if stopped else 2)
 
 
 # ------------------------------------------------------------------------------------- command line
 def download(root):
-    """Fetch PTB-XL's zip, unless it lies in `root`, and unpack its tables and 500 Hz records; the
-    records' table comes last, so that it tells of a whole set."""
+    """Fetch PTB-XL's zip, unless it lies in `root`, and unpack its tables and 500 Hz records."""
     import torch
     archive, wanted = Path(root, "ptb-xl.zip"), r"records500/\d+/\w+\.(dat|hea)|\w+\.csv"
-    archive.parent.mkdir(parents=True, exist_ok=True)
     if not archive.exists() and Path(root, DATABASE).exists():
         return
+    archive.parent.mkdir(parents=True, exist_ok=True)
     try:
         if not archive.exists():
             torch.hub.download_url_to_file(URL, str(archive))
         with zipfile.ZipFile(archive) as z:
-            for member in z.infolist():
+            for member in tqdm(z.infolist(), "unpack", unit="file", disable=None):
                 member.filename = member.filename.partition("/")[2]     # without the zip's folder
-            files = [m for m in z.infolist() if re.fullmatch(wanted, m.filename)]
-            files.sort(key=lambda member: member.filename == DATABASE)
-            for member in tqdm(files, "unpack", unit="file", disable=None):
-                z.extract(member, root)     # which checks its CRC
+                if re.fullmatch(wanted, member.filename):
+                    z.extract(member, root)     # which checks its CRC
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        Path(root, DATABASE).unlink(missing_ok=True)    # it tells of a whole set
         raise InputError(f"{archive}: not PTB-XL's zip, or not all of it ({error}); remove it and "
                          f"run this again, or: wget -c -O {archive} {URL}") from None
     archive.unlink()

@@ -377,7 +377,7 @@ def find_records(paths):
         raise InputError(f"{', '.join(paths)}: holds no .hea header of a WFDB record")
     records, segments = dict.fromkeys(map(data.strip_extension, files)), set()
     for record in records:      # a .hea and its .dat are one
-        with suppress(OSError, ValueError, RecursionError):     # what cannot be read is said later
+        with suppress(Exception):   # what cannot be read is said later
             segments |= {path for path, *_ in data.read_header(record).segments}
     return [record for record in records if Path(record) not in segments]
 

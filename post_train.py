@@ -14,6 +14,7 @@ test.json. Needs data.py, model.py and evaluate.py beside it.
 import argparse
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -155,21 +156,18 @@ def choose_records(args, labels):
     """Labels of all records -> Labels to train on, --frac of them, Labels to validate on."""
     folds = data.TRAIN_FOLDS, data.VAL_FOLD, data.TEST_FOLD
     train, val, test = (labels.take(np.isin(labels.fold, some)) for some in folds)
-    if len(train.row):
-        train = train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed))
     sizes = [len(part.row) for part in (train, val, test)]
-    if min(sizes) < place()[1] or not (val.y.any(0) & ~val.y.all(0)).any():
+    if not all(sizes) or not (val.y.any(0) & ~val.y.all(0)).any():
         raise InputError(f"{args.task}: {sizes} records in folds 1-8, 9 and 10; wanted some in "
                          "each, and positives and negatives of a class in fold 9: give a column "
                          "`fold`, or more records")
     if data.is_own(args.task):
         print(f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
     a, b, c = (set(part.patient_id.tolist()) for part in (train, val, test))
-    shared = a & b | a & c | b & c
-    if shared:
-        print(f"{len(shared)} patients are in more than one of training, validation and test: the "
-              "scores will be optimistic")
-    return train, val
+    if a & b | a & c | b & c:
+        print(f"{len(a & b | a & c | b & c)} patients are in more than one of training, validation "
+              "and test: the scores will be optimistic")
+    return train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed)), val
 
 
 # ----------------------------------------------------------------------------------- the two stages
@@ -221,7 +219,7 @@ def epochs(run, stage, module, train_split, val_split, amp):
     done = len(run.lines(stage.name))
     optimizer = make_optimizer(stage, list(module.parameters()))
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    if 0 < done < stage.epochs:
+    if done:
         optimizer.load_state_dict(run.states["optimizer"])
         scaler.load_state_dict(run.states["scaler"])
         for group in optimizer.param_groups:    # as without a graph
@@ -371,14 +369,13 @@ class Run:
         origin = self.go_on() or self.load_pretrained()
         self.model.to(device)
         print(f"{args.task}, {len(train.row):,} records to train and {len(val.row):,} to validate "
-            f"on, batch {min(args.batch_size, len(train.row))}, {origin}, {world} x {device}, amp "
-            f"{args.amp}, seed {args.seed}")
+              f"on, batch {min(args.batch_size, len(train.row))}, {origin}, {world} x {device}, "
+              f"amp {args.amp}, seed {args.seed}")
 
     def go_on(self):
-        """With --resume load last.pt, or before there is one probe.pt -> a few words on it."""
-        paths = [Path(self.args.out, name) for name in ("last.pt", "probe.pt")]
-        path = next(filter(Path.exists, paths), None)
-        if not self.args.resume or path is None:
+        """With --resume load last.pt, if there is one -> a few words on it."""
+        path = Path(self.args.out, "last.pt")
+        if not (self.args.resume and path.exists()):
             return None
         self.states = network.read_checkpoint(path)
         before = {**self.states, **self.states.get("args", {})}
@@ -390,7 +387,7 @@ class Run:
                              "give the same arguments and data, or another --out")
         network.load_state(self.model, self.states["state_dict"], path)
         self.history = self.states["history"]
-        return f"resumed after {self.history[-1]['stage']} epoch {self.history[-1]['epoch']}"
+        return f"resumed after epoch {self.history[-1]['epoch']}"
 
     def load_pretrained(self):
         """Load --weights with a new head -> a few words on them."""
@@ -439,12 +436,10 @@ class Run:
 
 
 def save_checkpoint(path, checkpoint):
+    whole = io.BytesIO()    # of a full disk torch tells in its own way
+    torch.save(checkpoint, whole)
     with data.whole_file(path) as f:
-        try:
-            torch.save(checkpoint, f)
-        except RuntimeError as error:   # how torch reports a full disk
-            raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); make room,"
-                             " and continue with --resume") from None
+        f.write(whole.getbuffer())
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -482,15 +477,11 @@ def parse(argv):
 
 def check(args):
     """Raise InputError for unusable arguments, before anything is read or written."""
-    least = 0 if args.epochs else 1     # epochs of the probe
-    good = {"frac": 0 < args.frac <= 1, "epochs": args.epochs >= 0, "seed": 0 <= args.seed < 2**32,
-            "probe_epochs": args.probe_epochs is None or args.probe_epochs >= least,
-            "lr": 0 < args.lr < math.inf, "probe_lr": 0 < args.probe_lr < math.inf,
-            "final_lr": args.final_lr >= 0, "weight_decay": args.weight_decay >= 0,
-            "probe_weight_decay": args.probe_weight_decay >= 0, "clip": args.clip > 0,
-            "batch_size": args.batch_size >= place()[1], "drop_path": 0 <= args.drop_path < 1,
-            "dropout": 0 <= args.dropout < 1}
-    bad = [name for name, fine in good.items() if not fine]
+    numbers = {key: value for key, value in vars(args).items() if isinstance(value, (int, float))}
+    bad = [key for key, value in numbers.items() if not value >= 0]     # NaN is neither
+    bad += [key for key in ("drop_path", "dropout") if not numbers[key] < 1]
+    bad += ["frac"] * (not 0 < args.frac <= 1) + ["batch_size"] * (args.batch_size < place()[1])
+    bad += ["probe_epochs"] * (args.probe_epochs == args.epochs == 0)
     if bad:
         raise InputError(f"--{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, see --help")
     if Path(args.out, "metrics.jsonl").exists() and not args.resume:

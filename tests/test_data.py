@@ -149,7 +149,7 @@ def test_a_killed_build_starts_over(uncached, tmp_path):
 
 @pytest.mark.parametrize("name, fault, status, words", [
     ("data.load_windows", lambda *a: os.kill(os.getpid(), 9), 2, ["killed", "fewer --workers"]),
-    ("os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left")), 2, ["make room"]),
+    ("os.fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left")), 2, ["No space left"]),
     ("os.fsync", Mock(side_effect=KeyboardInterrupt), 130, ["interrupted"])])
 def test_a_failed_build_leaves_nothing(uncached, monkeypatch, fails, name, fault, status, words):
     monkeypatch.setattr(name, fault)

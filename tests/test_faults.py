@@ -70,9 +70,9 @@ def test_a_full_disk_is_said_and_costs_no_earlier_file(tiny, demo_set, undisturb
     earlier.write_bytes(b"earlier")
     try:
         resource.setrlimit(limits, (room, usual[1]))
-        fails(post_train.main, arguments(demo_set, out), "last.pt", "make room", "--resume")
+        fails(post_train.main, arguments(demo_set, out), "last.pt", "too large")
         resource.setrlimit(limits, (100, usual[1]))
-        fails(evaluate.main, evaluation, "predictions.npz", "make room")
+        fails(evaluate.main, evaluation, "predictions.npz", "too large")
     finally:
         resource.setrlimit(limits, usual)
     assert content(out).keys() == {"metrics.jsonl", "probe.pt", "best.pt"}
@@ -124,4 +124,4 @@ def test_a_process_that_fails_alone_says_why_and_ends_the_others(demo_set, tmp_p
     (tmp_path / "metrics.jsonl").mkdir()    # in the way of what the first process writes
     done = torchrun(arguments(demo_set, tmp_path, "--resume"))
     said = [line for line in done.stderr.splitlines() if "post_train.py: " in line]
-    assert done.returncode and len(said) == 1 and "is a directory" in said[0], done.stderr
+    assert done.returncode and len(said) == 1 and "Is a directory" in said[0], done.stderr

@@ -256,9 +256,9 @@ def header_lines(path):
         if not line or line.startswith("#"):
             continue
         if not found:
-            cells, forms = line.split(), RECORD_LINE
+            cells, forms = [*line.split(), "", "", ""], RECORD_LINE     # "": what is missing
         elif "/" in found[0][0]:
-            cells, forms = [*line.split(), ""], SEGMENT_LINE    # "" if its length is missing
+            cells, forms = [*line.split(), ""], SEGMENT_LINE
         else:
             cells, forms = re.match(SIGNAL_CELLS, line).groups(""), SIGNAL_LINE
         for cell, (part, form) in zip(cells, forms.items()):
@@ -272,15 +272,13 @@ def header_lines(path):
 
 def read_header(path):
     """The Header of a WFDB record. Raises InputError for one that cannot be read."""
-    import wfdb
     record, *lines = header_lines(path)
-    signals, segments, total = {}, [], 0
+    signals, segments = {}, []
     if "/" in record[0]:
         for name, frames, *_ in lines:
             part = Path(path).with_name(name) if name != "~" else None
             header = read_header(part) if part and int(frames) else None
             segments.append((part, header, int(frames)))
-            total += int(frames)
             signals = {**(header.signals if header else {}), **signals}
         lines = []
     for i, (file, form, gain, numbers, name) in enumerate(lines):
@@ -294,8 +292,7 @@ def read_header(path):
         checksum = 0 if ":" in form else [*numbers.split(), 0, 0, 0, 0][3]
         channel = Channel(i, int(per_frame or 1), unit, int(checksum) % 65536)
         signals.setdefault(lead_called(name), channel)
-    rate = float(record[2].partition("/")[0]) if len(record) > 2 else 250.0
-    frames = int(record[3]) if len(record) > 3 else total or len(wfdb.rdrecord(str(path)).p_signal)
+    rate, frames = float(record[2].partition("/")[0]), int(record[3])
     if not rate or not frames:
         raise InputError(f"{path}.hea: line 1: has 0 samples, or 0 a second")
     return Header(rate, frames, signals, segments)

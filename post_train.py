@@ -13,7 +13,6 @@ test.json. Needs data.py, model.py and evaluate.py beside it.
 """
 import argparse
 import copy
-import hashlib
 import io
 import json
 import math
@@ -21,16 +20,13 @@ import os
 import sys
 import time
 import zlib
-from collections import namedtuple
-from importlib import metadata
+from collections import Counter, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-# Imported before there is a process group, as its default arguments would keep it alive.
-import torch.distributed.nn  # noqa: F401
+import torch.distributed.nn  # noqa: F401  before there is a group, which its defaults would keep
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -40,26 +36,21 @@ import model as network
 from data import InputError
 
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
-PREVIEW_STEPS = 200
 SHARES = (0.0, 0.25, 0.5, 0.75)     # interpolation weights: 0 is the probe, 1 the last epoch
-# What may change on --resume; the task's records, labels and classes are compared.
-FREE_ARGUMENTS = ("resume", "out", "data", "task", "device", "graph")
 SAVE_EVERY = 60     # seconds between checkpoints, unless an epoch takes longer
 
 # ------------------------------------------------------------------------------------------- recipe
 SOURCES = """Sources of the values, of post and baseline if they are two: community, a third-party
 re-implementation, as the paper's own were not available; official, ECGFounder's fine-tuning recipe,
 which has no probe; ours, tuned on fold 9 or chosen untuned."""
-# What --strategy post and --strategy baseline do; every row is an option.
-RECIPE = {  # name: (post, baseline, what it is and the sources, one of them if it is both's)
+RECIPE = {  # option: (with --strategy post, with baseline, what it is and the values' sources)
     "probe_epochs": (None, 0, "auto: about 200 steps, or 30 epochs without fine-tuning; ours"),
     "probe_lr": (1e-3, 1e-3, "learning rate of the probe, by cosine to 0; ours"),
     "probe_weight_decay": (0.1, 0.1, "community"),
     "epochs": (30, 30, "of fine-tuning; community; ours"),
     "lr": (5e-4, 1e-4, "learning rate of fine-tuning; community; official"),
     "final_lr": (1e-5, 0.0, "where the cosine ends; community"),
-    "schedule": ("cosine", "plateau", "plateau: divided by 10 when the validation AUROC stalls for "
-                                      "over 10 epochs; community; official"),
+    "schedule": ("cosine", "plateau", "plateau: a tenth when AUROC stalls; community; official"),
     "optimizer": ("adamw", "adam", "adamw: with no weight decay of vectors; community; official"),
     "weight_decay": (0.05, 1e-5, "community; official"),
     "clip": (1.0, math.inf, "largest norm of the gradient; ours; official"),
@@ -78,7 +69,7 @@ def stages_of(args, steps):
     """The two Stages of a run with `steps` steps per epoch."""
     # A preview is short: a head that fits the pretrained features closely leaves fine-tuning little
     # incentive to improve them (Ren et al. 2023).
-    preview = min(30, max(1, round(PREVIEW_STEPS / steps))) if args.epochs else 30
+    preview = min(30, max(1, round(200 / steps))) if args.epochs else 30
     epochs = preview if args.probe_epochs is None else args.probe_epochs
     probe = Stage("probe", epochs, args.probe_lr, 0.0, "cosine", "adamw", args.probe_weight_decay,
                   math.inf)
@@ -130,10 +121,9 @@ def place():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-class Split(NamedTuple):
-    x: object           # the cache's memory map (N, leads, 5000), or a tensor on the device
-    rows: np.ndarray    # (n,), record i is x[rows[i]]
-    y: torch.Tensor     # (n, L) float32 of 0 and 1, on the device
+class Split(namedtuple("Split", "x rows y")):
+    """Record i is x[rows[i]], of a memory map (N, leads, 5000) or of a tensor on the device; y is
+    (n, L) float32 of 0 and 1, on the device."""
 
     def batch(self, index):
         """Signals (B, leads, 5000) or features (B, 1024), and targets (B, L), on the device."""
@@ -146,27 +136,24 @@ def make_split(signals, labels, device):
     y, n = torch.from_numpy(labels.y).float().to(device), len(labels.row)
     if device.type != "cuda" or n * signals[0].nbytes > torch.cuda.mem_get_info(device)[0] / 4:
         return Split(signals, labels.row, y)
-    x = torch.empty((n, *signals.shape[1:]), dtype=torch.float16, device=device)
-    for i in range(0, n, 1024):
-        x[i:i + 1024] = torch.from_numpy(signals[labels.row[i:i + 1024]])
+    parts = np.array_split(labels.row, 1 + n // 1024)
+    x = torch.cat([torch.from_numpy(signals[part]).to(device) for part in parts])
     return Split(x, np.arange(n), y)
 
 
 def choose_records(args, labels):
     """Labels of all records -> Labels to train on, --frac of them, Labels to validate on."""
     folds = data.TRAIN_FOLDS, data.VAL_FOLD, data.TEST_FOLD
-    train, val, test = (labels.take(np.isin(labels.fold, some)) for some in folds)
-    sizes = [len(part.row) for part in (train, val, test)]
+    parts = train, val, _ = [labels.take(np.isin(labels.fold, some)) for some in folds]
+    sizes = [len(part.row) for part in parts]
     if not all(sizes) or not (val.y.any(0) & ~val.y.all(0)).any():
         raise InputError(f"{args.task}: {sizes} records in folds 1-8, 9 and 10; wanted some in "
-                         "each, and positives and negatives of a class in fold 9: give a column "
-                         "`fold`, or more records")
+                         "each, and both labels of a class in 9: give a column `fold`, or more")
     if data.is_own(args.task):
         print(f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
-    a, b, c = (set(part.patient_id.tolist()) for part in (train, val, test))
-    if a & b | a & c | b & c:
-        print(f"{len(a & b | a & c | b & c)} patients are in more than one of training, validation "
-              "and test: the scores will be optimistic")
+    parts_of = Counter(who for part in parts for who in {*part.patient_id.tolist()})
+    if shared := sum(n > 1 for n in parts_of.values()):
+        print(f"{shared} patients are in several of folds 1-8, 9 and 10: optimistic scores")
     return train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed)), val
 
 
@@ -185,24 +172,25 @@ def train(args, device, labels, signals):
         head = torch.nn.Sequential(model.dropout, model.dense)
         features = [extract_features(model, split, amp) for split in (train_split, val_split)]
         for _ in epochs(run, probe, head, *features, amp=None):
-            if run.is_best("probe"):
+            if run.best("probe") is run.history[-1]:
                 best = copy.deepcopy(head.state_dict())
         head.load_state_dict(best)      # later epochs may overfit
-        run.save("probe.pt", run.best("probe"))
+        run.save("probe.pt", **run.best("probe"))
 
     # Stage 2, fine-tuning: everything, with stochastic depth.
     best, saved = None, time.perf_counter()
     for states in epochs(run, finetune, model, train_split, val_split, amp):
-        if run.is_best("finetune"):
-            best = run.history[-1], copy.deepcopy(model.state_dict())
-        if run.history[-1]["epoch"] == finetune.epochs or time.perf_counter() - saved > SAVE_EVERY:
+        line = run.history[-1]
+        if run.best("finetune") is line:
+            best = {**line, "state_dict": copy.deepcopy(model.state_dict())}
+        if line["epoch"] == finetune.epochs or time.perf_counter() - saved > SAVE_EVERY:
             if best:
-                run.save("best.pt", *best)
-            run.save("last.pt", run.history[-1], **states)
+                run.save("best.pt", **best)
+            run.save("last.pt", **line, **states)
             best, saved = None, time.perf_counter()
 
     if not finetune.epochs:
-        run.save("best.pt", run.best("probe"))
+        run.save("best.pt", **run.best("probe"))
     elif probe.epochs and args.interpolate:
         interpolate(run, val_split)
 
@@ -222,8 +210,6 @@ def epochs(run, stage, module, train_split, val_split, amp):
     if done:
         optimizer.load_state_dict(run.states["optimizer"])
         scaler.load_state_dict(run.states["scaler"])
-        for group in optimizer.param_groups:    # as without a graph
-            group.update(lr=stage.lr, capturable=False)
     graphed = args.graph and device.type == "cuda" and not dist.is_initialized()
     step, net = GraphedStep(optimizer, device) if graphed else train_step, module
     if dist.is_initialized():
@@ -240,9 +226,8 @@ def epochs(run, stage, module, train_split, val_split, amp):
         loss = train_epoch(net, optimizer, scaler, train_split, bar, rates, stage.clip, amp, step)
         scores = validate(module.eval(), val_split, amp)
         if not math.isfinite(loss + scores["val_loss"]):
-            raise InputError(f"{stage.name} epoch {epoch + 1}: the loss is {loss:g}, in validation "
-                             f"{scores['val_loss']:g}; a lower --lr (of the probe: --probe-lr), or "
-                             "--amp bf16 or off, may help, with another --out")
+            raise InputError(f"{stage.name} epoch {epoch + 1}: the loss is not finite; try a lower "
+                             "--lr or --probe-lr, or --amp bf16 or off, with another --out")
         run.log(stage=stage.name, epoch=epoch + 1, lr=rates[0], train_loss=loss, **scores)
         yield {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
 
@@ -263,13 +248,11 @@ def train_step(net, optimizer, scaler, x, y, clip, amp):
 
 
 class GraphedStep:
-    """`train_step` as a CUDA graph: a CPU takes several times as long to launch a step's thousand
-    and more kernels one by one as a GPU to run them.
-
-    The first steps are taken as usual: in them cuDNN picks its kernels, and the optimizer and the
-    scaler make their state. The next is recorded and, like all that follow, replayed. A replay
-    repeats the kernels on the memory they were recorded with: so batches have one shape and are
-    copied to one place, and learning rates are tensors. Random numbers are drawn anew."""
+    """`train_step` as a CUDA graph: a CPU takes longer to launch a step's thousand kernels one by
+    one than a GPU to run them. The first steps are taken as usual: in them cuDNN picks its kernels,
+    and the optimizer and the scaler make their state. The next is recorded and, like all that
+    follow, replayed on the memory it was recorded with: so batches have one shape and are copied to
+    one place, and learning rates are tensors. Random numbers are drawn anew."""
 
     def __init__(self, optimizer, device, first=3):
         self.first, self.graph, self.stream = first, None, torch.cuda.Stream()
@@ -329,12 +312,10 @@ def infer_all(forward, split, amp):
 
 
 def validate(forward, split, amp):
-    """Mean loss, macro AUROC and macro AUPRC of one fold, by the one metric of evaluate.py; the
-    last two are 0 where the loss is not finite."""
+    """Mean loss, macro AUROC and macro AUPRC of one fold, by the one metric of evaluate.py."""
     logits, y = infer_all(forward, split, amp), split.y.cpu()
     loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logits), y).item()
-    prob = evaluate.probabilities(logits) if math.isfinite(loss) else np.zeros(y.shape)
-    auroc, auprc = evaluate.macro(evaluate.auroc_auprc(y, prob)).tolist()
+    auroc, auprc = evaluate.macro(evaluate.auroc_auprc(y, evaluate.probabilities(logits))).tolist()
     return {"val_loss": loss, "macro_auroc": auroc, "macro_auprc": auprc}
 
 
@@ -348,8 +329,8 @@ def interpolate(run, val_split):
                                    for key, value in end.items()})
         scores = validate(run.model.eval(), val_split, AMP[run.args.amp])
         run.log(stage="interpolate", epoch=trial, share=share, **scores)
-        if run.is_best("finetune", "interpolate"):
-            run.save("best.pt", run.history[-1])
+        if run.best("finetune", "interpolate") is run.history[-1]:
+            run.save("best.pt", **run.history[-1])
 
 
 # ------------------------------------------------------------------------------------ a run's files
@@ -358,81 +339,67 @@ class Run:
 
     def __init__(self, args, train, val, device):
         self.args, self.history, self.states, self.clock = args, [], {}, time.perf_counter()
-        world = place()[1]
-        labelled = [repr(part.ecg_id.tolist()).encode() + part.y.tobytes() for part in (train, val)]
+        records = repr([(part.ecg_id.tolist(), part.y.tobytes()) for part in (train, val)])
         self.described = {"task": args.task, "classes": train.classes, "leads": args.leads,
-                          "preprocessing": args.preprocess, "processes": world,
-                          "records": hashlib.sha256(b"".join(labelled)).hexdigest()}
+                          "preprocessing": args.preprocess, "processes": place()[1],
+                          "records": zlib.crc32(records.encode())}
         torch.manual_seed(args.seed)
         self.model = network.ecgfounder(len(train.classes), len(args.leads), args.drop_path,
                                         args.drop_path_mode, args.dropout)
-        origin = self.go_on() or self.load_pretrained()
+        last, origin = Path(args.out, "last.pt"), f"weights {args.weights}"
+        if args.resume and last.exists():
+            self.go_on(last)
+            origin = f"resumed after epoch {self.history[-1]['epoch']}"
+        elif args.weights != "none":
+            network.load_pretrained(self.model, args.weights, args.leads)
+            # With the seed alone the head might be the one that the features grew up with.
+            digest = zlib.crc32(self.model.first_conv.conv.weight.detach().numpy().tobytes())
+            entropy = np.random.SeedSequence((args.seed, digest))
+            torch.manual_seed(int(entropy.generate_state(1)[0]))
+            self.model.dense.reset_parameters()
         self.model.to(device)
         print(f"{args.task}, {len(train.row):,} records to train and {len(val.row):,} to validate "
-              f"on, batch {min(args.batch_size, len(train.row))}, {origin}, {world} x {device}, "
-              f"amp {args.amp}, seed {args.seed}")
+              f"on, {origin}, {place()[1]} x {device}, amp {args.amp}, seed {args.seed}")
 
-    def go_on(self):
-        """With --resume load last.pt, if there is one -> a few words on it."""
-        path = Path(self.args.out, "last.pt")
-        if not (self.args.resume and path.exists()):
-            return None
+    def go_on(self, path):
+        """Load last.pt. Raises InputError if the arguments or the data are not the same."""
         self.states = network.read_checkpoint(path)
         before = {**self.states, **self.states.get("args", {})}
         changed = [f"{key} was {before.get(key)}, now {value}"
                    for key, value in {**vars(self.args), **self.described}.items()
-                   if key not in FREE_ARGUMENTS and before.get(key) != value]
+                   if before.get(key) != value
+                   and key not in ("resume", "out", "data", "task", "device")]
         if changed:
             raise InputError(f"{path}: this run cannot be resumed ({'; '.join(changed)[:400]}); "
                              "give the same arguments and data, or another --out")
         network.load_state(self.model, self.states["state_dict"], path)
         self.history = self.states["history"]
-        return f"resumed after epoch {self.history[-1]['epoch']}"
-
-    def load_pretrained(self):
-        """Load --weights with a new head -> a few words on them."""
-        if self.args.weights == "none":
-            return "random initialization"
-        left_out = network.load_pretrained(self.model, self.args.weights, self.args.leads)
-        # With the seed alone the head might be the one that the features grew up with.
-        digest = zlib.crc32(self.model.first_conv.conv.weight.detach().numpy().tobytes())
-        entropy = np.random.SeedSequence((self.args.seed, digest))
-        torch.manual_seed(int(entropy.generate_state(1)[0]))
-        self.model.dense.reset_parameters()
-        return self.args.weights + f" without {left_out} of its leads" * bool(left_out)
 
     def lines(self, *stages):   # of the history
         return [line for line in self.history if line["stage"] in stages]
 
     def best(self, *stages):
         """The line of these stages with the best validation AUROC, the first of equals."""
-        return max(self.lines(*stages), key=lambda line: line["macro_auroc"], default=None)
-
-    def is_best(self, *stages):     # whether the last line is
-        return self.best(*stages) is self.history[-1]
+        return max(self.lines(*stages), key=lambda line: line["macro_auroc"])
 
     def log(self, **line):
-        """Add a line to metrics.jsonl, with the seconds since the line before, the saving of its
-        checkpoints included, and print it."""
+        """Add a line to metrics.jsonl, with the seconds since the one before, and print it."""
         before, self.clock = self.clock, time.perf_counter()
         self.history.append({**line, "seconds": self.clock - before})
         if place()[0] == 0:
             with data.whole_file(Path(self.args.out, "metrics.jsonl")) as f:
                 f.write("".join(json.dumps(line) + "\n" for line in self.history).encode())
         print("  ".join(f"{key.removeprefix('macro_')} {value:.4g}" if key != "stage" else value
-                      for key, value in self.history[-1].items()))
+                        for key, value in self.history[-1].items()))
 
-    def save(self, name, line, state_dict=None, **states):
-        """Write a self-contained checkpoint of tensors and plain data, with the weights of `line`
-        of the history, those that the model holds unless they are given."""
-        if place()[0]:
-            return
-        versions = {name: metadata.version(name) for name in ("torch", "numpy", "scipy", "wfdb")}
-        save_checkpoint(Path(self.args.out, name), {
-            "state_dict": state_dict or self.model.state_dict(), **self.described,
-            "data": self.args.data, "args": dict(vars(self.args)), "stage": line["stage"],
-            "epoch": line["epoch"], "share": line.get("share"), "versions": versions,
-            "history": self.history, **states})
+    def save(self, name, **fields):
+        """Write a self-contained checkpoint of tensors and plain data, with a line of the history
+        in `fields`, and other weights than the model's if they are there."""
+        if place()[0] == 0:
+            save_checkpoint(Path(self.args.out, name), {
+                "state_dict": self.model.state_dict(), **self.described, "data": self.args.data,
+                "args": dict(vars(self.args)), "history": self.history, **fields,
+                "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
 
 
 def save_checkpoint(path, checkpoint):
@@ -486,9 +453,6 @@ def check(args):
         raise InputError(f"--{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, see --help")
     if Path(args.out, "metrics.jsonl").exists() and not args.resume:
         raise InputError(f"{args.out}: holds a run; give --resume to continue it, or another --out")
-    if args.weights != "none" and not Path(args.weights).exists() and not args.resume:
-        raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the "
-                         "official weights, --weights none starts from scratch")
 
 
 def post_train(args):
@@ -517,9 +481,7 @@ def post_train(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train(args, device, labels, signals)
     if world > 1:
-        # While a rank waits here, Gloo's threads release the last tensors; in torch 2.6 they cannot
-        # while destroy_process_group waits for them (pytorch/pytorch#154976).
-        dist.barrier()
+        dist.barrier()      # else torch 2.6 may hang in the next line (pytorch/pytorch#154976)
         dist.destroy_process_group()
     if rank == 0:
         finish(args, device, labels, signals)
@@ -542,11 +504,9 @@ def finish(args, device, labels, signals):
 
 def main(argv=None):
     args = parse(argv)
-    stopped = ("stopped; the same command with --resume continues from the last checkpoint, a "
-               "minute or an epoch earlier at most")
-    known = network.WeightsError, torch.OutOfMemoryError    # torch's line says how much is lacking
     try:
-        with data.errors_in_one_line("post_train.py", *known, interrupted=stopped):
+        with data.errors_in_one_line("post_train.py", network.WeightsError, torch.OutOfMemoryError,
+                                     interrupted="stopped; --resume goes on from last.pt"):
             post_train(args)
     except SystemExit as stop:
         if dist.is_initialized():   # leaving the group would wait for the other processes

@@ -129,9 +129,9 @@ def test_every_score_is_that_of_fold_9(undisturbed, demo_set, tiny):
 
 def test_what_is_saved(run, demo_set, monkeypatch):
     """The first of equals is the best; it and the last wait for the end, as no minute passes."""
-    def recorded(run, name, line, *states, **more):
-        saved.append((name, line["epoch"]))
-        save(run, name, line, *states, **more)
+    def recorded(run, name, **fields):
+        saved.append((name, fields["epoch"]))
+        save(run, name, **fields)
 
     saved, save = [], post_train.Run.save
     monkeypatch.setattr(post_train.Run, "save", recorded)

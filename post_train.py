@@ -147,13 +147,13 @@ def choose_records(args, labels):
     parts = train, val, _ = [labels.take(np.isin(labels.fold, some)) for some in folds]
     sizes = [len(part.row) for part in parts]
     if not all(sizes) or not (val.y.any(0) & ~val.y.all(0)).any():
-        raise InputError(f"{args.task}: {sizes} records in folds 1-8, 9 and 10; wanted some in "
-                         "each, and both labels of a class in 9: give a column `fold`, or more")
+        raise InputError(f"{args.task}: folds 1-8, 9 and 10 hold {sizes} records; wanted some, and "
+                         "both labels of a class in 9: give a column `fold`, or more records")
     if data.is_own(args.task):
         print(f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
     parts_of = Counter(who for part in parts for who in {*part.patient_id.tolist()})
     if shared := sum(n > 1 for n in parts_of.values()):
-        print(f"{shared} patients are in several of folds 1-8, 9 and 10: optimistic scores")
+        print(f"{shared} patients are in several of folds 1-8, 9 and 10: scores are optimistic")
     return train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed)), val
 
 
@@ -503,11 +503,10 @@ def finish(args, device, labels, signals):
 
 
 def main(argv=None):
-    args = parse(argv)
     try:
         with data.errors_in_one_line("post_train.py", network.WeightsError, torch.OutOfMemoryError,
                                      interrupted="stopped; --resume goes on from last.pt"):
-            post_train(args)
+            post_train(parse(argv))
     except SystemExit as stop:
         if dist.is_initialized():   # leaving the group would wait for the other processes
             sys.stdout.flush()

@@ -32,8 +32,8 @@ def fake(two_gpus, monkeypatch):
     """Tensors may be made on DEVICE -> a small network there, and a list that fills as it runs:
     name of the module, device and type of its output."""
     stand_ins = {   # for what needs CUDA itself
-        "__getitem__": lambda x, i: x.narrow(0, 0, i.stop), "__setitem__": lambda x, i, new: None,
-        "item": lambda x: 0.5, "cpu": lambda x: SimpleNamespace(numpy=lambda: np.zeros(x.shape))}
+        "__getitem__": lambda x, i: x.narrow(0, 0, i.stop), "item": lambda x: 0.5,
+        "cpu": lambda x: SimpleNamespace(numpy=lambda: np.zeros(x.shape))}
     model, seen = network.ecgfounder(12, drop_path=0.5, levels=((16, 1), (32, 2))), []
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda *a: None, raising=False)
     for name, stand_in in stand_ins.items():

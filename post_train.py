@@ -312,10 +312,11 @@ def infer_all(forward, split, amp):
 
 
 def validate(forward, split, amp):
-    """Mean loss, macro AUROC and macro AUPRC of one fold, by the one metric of evaluate.py."""
+    """Mean loss, macro AUROC and AUPRC of one fold, by chance where the loss is not finite."""
     logits, y = infer_all(forward, split, amp), split.y.cpu()
     loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logits), y).item()
-    auroc, auprc = evaluate.macro(evaluate.auroc_auprc(y, evaluate.probabilities(logits))).tolist()
+    prob = evaluate.probabilities(logits) if math.isfinite(loss) else np.zeros(y.shape)
+    auroc, auprc = evaluate.macro(evaluate.auroc_auprc(y, prob)).tolist()
     return {"val_loss": loss, "macro_auroc": auroc, "macro_auprc": auprc}
 
 

@@ -1,13 +1,11 @@
 """ECG datasets: labels of PTB-XL or of a table of your own, records, a cache of their signals.
 
     python data.py --download --data ptbxl      # fetch PTB-XL 1.0.3 (1.7 GB) and preprocess it
-    python data.py --data ptbxl                 # preprocess it; ends: ...: 21,799 records, 2.62 GB
     python data.py --data clinic --task clinic.csv --leads I --preprocess raw
 
-The cache is one float16 array (N, leads, 5000), a row for each row of the dataset's table, to be
-read with np.load(path, mmap_mode="r"). Signals: leads in the order of LEADS, 10 s at 500 Hz, in
-millivolts, or unitless after normalization. Needs NumPy, SciPy, wfdb and tqdm (and PyTorch for
---download); no other project file.
+The cache is one float16 array (N, leads, 5000), a row for each row of the dataset's table: leads in
+the order of LEADS, 10 s at 500 Hz, in millivolts, or unitless after normalization. Needs NumPy,
+SciPy, wfdb and tqdm (and PyTorch for --download); no other project file.
 """
 import argparse
 import ast
@@ -115,10 +113,9 @@ def read_table(root, task):
     patients = ["" if is_unknown(who) else who.removesuffix(".0")
                 for who in table.get("patient_id", [""] * len(records))]
     for column, names in ((needed[0], records), ("ecg_id", ids)):
-        bad = [name for name, count in Counter(names).items()
-               if count > 1 or re.match(r"/|\.\.|\.?$", name)]
-        if bad:
-            raise InputError(f"{path}: {column} {bad[0]!r}; wanted one row a record, inside {root}")
+        for name, count in Counter(names).items():
+            if count > 1 or re.match(r"/|\.\.|\.?$", name):
+                raise InputError(f"{path}: {column} {name!r}; wanted a row a record, inside {root}")
     if fold in table:
         folds = translate(path, fold, table[fold], FOLDS, "1-8 (train), 9 (validates), 10 (tests)")
     else:   # by a hash, so that a patient is in the same fold in every table and on every machine
@@ -151,11 +148,10 @@ def read_csv(path, needed):
         ragged = [i for i, row in enumerate(rows, 2) if len(row) != len(names)]
         columns = [(name, cells) for name, cells in zip(names, zip(*rows)) if name or any(cells)]
         if not rows or ragged or len(dict(columns)) < len(columns) or not {*needed} <= {*names}:
-            raise InputError(f"{len(rows)} rows, with cells lacking or too many in {ragged[:5]}; "
-                             f"columns {', '.join(names)[:200]}; wanted {needed}, none twice")
+            raise InputError(f"has {len(rows)} rows (of other lengths: {ragged[:5]}), the columns "
+                             f"{', '.join(names)[:200]}; wanted {needed}, and none twice")
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: {error}; --task names a csv table in UTF-8; PTB-XL is fetched by"
-                         f" `python data.py --download --data {path.parent}`") from None
+        raise InputError(f"{path}: {error}; wanted a UTF-8 csv; PTB-XL: data.py --download") from None
     return dict(columns)
 
 
@@ -198,8 +194,8 @@ def own_classes(path, table):
     classes = [name for name in table if name not in NOT_CLASSES]
     wanted = (f"0 or 1, as in each column but {', '.join(NOT_CLASSES)}; leave out unknown labels, "
               "and give exclusive classes a column each (pandas: to_csv(..., index=False))")
-    if not classes:
-        raise InputError(f"{path}: has no class; wanted {wanted}")
+    if not classes or "" in classes:
+        raise InputError(f"{path}: has no class, or one without a name; wanted {wanted}")
     y = [translate(path, name, table[name], LABELS, wanted) for name in classes]
     return np.array(y, np.uint8).T, classes
 
@@ -228,9 +224,8 @@ def lead_called(name):
     return LEAD_OF.get(re.sub(r"[ _](?=\d$)", "", short), name.strip())
 
 
-# signals: {lead, or the name of what is none: Channel}; segments, if it is in several:
-# [(path, Header, frames)], where a gap or a layout has a Header without signals
-Header = namedtuple("Header", "frame_rate frames signals segments")
+# segments, if it is in several: [(path, Header, frames)]; a gap's Header has no signals
+Header = namedtuple("Header", "frame_rate frames signals segments")     # signals: {lead: Channel}
 # place: among the signals; per_frame: samples; checksum: of all its samples modulo 65536, or 0
 Channel = namedtuple("Channel", "place per_frame unit checksum")
 
@@ -263,8 +258,7 @@ def read_header(path):
         mat = Path(path).with_name(file)
         if mat.suffix == ".mat" and b"MATLAB " in np.fromfile(mat, "S7", 1):
             raise InputError(f"{file} is of MATLAB 5 or later; wanted savemat(..., format='4')")
-        # wfdb drops the micro sign, whatever its encoding.
-        unit = re.sub(r"[^!-~]+(?=v$)", "u", unit.lower()) or "mv"
+        unit = re.sub(r"[^!-~]+(?=v$)", "u", unit.lower()) or "mv"      # wfdb drops a micro sign
         checksum = 0 if skew else int(checksum or 0) % 65536
         signals.setdefault(lead_called(name), Channel(i, int(per_frame or 1), unit, checksum))
     return Header(float(rate), int(length), signals, segments)
@@ -272,7 +266,7 @@ def read_header(path):
 
 def find_leads(header, leads):
     """({lead: Channel} to read, leads that follow from I and II). Raises InputError for a record
-    without a lead, or in a unit that is no voltage."""
+    without a lead, in a unit that is no voltage, or with leads of different rates."""
     derived = [lead for lead in leads if lead in DERIVED and lead not in header.signals]
     needed = dict.fromkeys([*leads, *("I", "II") * bool(derived)])
     wanted = {lead: header.signals.get(lead) for lead in needed if lead not in derived}
@@ -280,18 +274,18 @@ def find_leads(header, leads):
     if missing:
         raise InputError(f"has no lead {missing[0]} (it has {', '.join(header.signals)}); "
                          f"wanted {', '.join(leads)}; rename those that have another name")
-    other = {found.unit for found in wanted.values()} - {*MILLIVOLTS}
-    if other:
-        raise InputError(f"is in {', '.join(other)}; wanted one of mV, uV, nV, V")
+    _, rates, units, _ = map(set, zip(*wanted.values()))
+    if len(rates) > 1 or not units <= MILLIVOLTS.keys():
+        raise InputError(f"is in {', '.join(units)} at {len(rates)} rates; wanted mV, uV, nV or V, "
+                         "and one rate")
     return wanted, derived
 
 
 def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
     """A WFDB record (path without extension) -> float32 (leads, n) in millivolts, and its sampling
-    rate in Hz; `seconds` of it, from `start` on. Leads are found by name, in any order; III, aVR,
-    aVL and aVF may follow from I and II. Other units are converted; missing samples are NaN, as is
-    all of a lead that a segment lacks. Raises what wfdb raises, and InputError for a record whose
-    leads, units or checksums are not right."""
+    rate in Hz; `seconds` of it, from `start` on. Leads are found by name; III, aVR, aVL and aVF may
+    follow from I and II. Missing samples are NaN, as is a lead that a segment lacks. Raises what
+    wfdb raises, and InputError for wrong headers, leads, units and checksums."""
     header = header or read_header(path)
     rate, (channel, *_) = header.frame_rate, find_leads(header, leads)[0].values()
     fs, stop, past = rate * channel.per_frame, header.frames / rate, 0
@@ -339,7 +333,7 @@ def preprocess(signal, fs, how="filter"):
         raise InputError(f"shape {x.shape} at {fs} Hz; wanted (leads, n) at 50 Hz or more")
     seconds = 10 if fs == FS else 11    # one more for the filter that resamples
     x = x[:, :math.ceil(seconds * fs)].astype(np.float64)
-    if not np.abs(x[~np.isnan(x)]).max(initial=0) <= 1e4:   # about 1 is usual
+    if not np.abs(x[~np.isnan(x)]).max(initial=0) <= 1e4:   # an ECG's are about 1
         raise InputError("samples beyond 10 V; wanted an ECG in millivolts")
     x = np.stack([fill_gaps(lead) for lead in x])
     if fs != FS:    # beyond its ends a lead goes on along the line through its first and last one
@@ -353,8 +347,7 @@ def preprocess(signal, fs, how="filter"):
 
 
 def fill_gaps(lead):
-    """One lead (n,) with its missing samples (NaN) filled: by linear interpolation, at the ends by
-    the nearest value, with zeros if all are missing."""
+    """One lead (n,), its missing samples (NaN) interpolated, or zeros if all are missing."""
     there, at = ~np.isnan(lead), np.arange(len(lead))
     return np.interp(at, at[there], lead[there]) if there.any() else np.zeros(len(lead))
 
@@ -390,8 +383,7 @@ def load_windows(path, how="filter", leads=LEADS):
             raise InputError("its leads are missing or flat")
     except Exception as error:  # wfdb raises almost anything for a malformed header or short file
         why = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        text = f"{path}: no ECG can be read from this WFDB record: {why}"
-        raise InputError(" ".join(text.split())) from None
+        raise InputError(" ".join(f"{path}: cannot be used: {why}".split())) from None
 
 
 def what_lacks(signal, fs, leads):
@@ -408,10 +400,7 @@ def what_lacks(signal, fs, leads):
 
 
 # -------------------------------------------------------------------------------------------- cache
-NOTES = {   # what is noted of records in the .json beside a cache, and said
-    "unreadable": "cannot be used and are left out",
-    "lacking": "lack more than a tenth of their samples, or whole leads",
-    "derived": "have leads that were derived from I and II"}
+NOTES = "unreadable", "lacking", "derived"      # of records; see load_windows, build_cache
 
 
 def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unreadable=False,
@@ -421,8 +410,7 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
     cannot be used raise InputError, once all others are cached, unless `skip_unreadable`. Changed
     records are not noticed: delete the cache. wait: for another process to build it."""
     records = list(map(str, records))
-    made_of = {"layout": 6, "preprocessing": how, "leads": list(leads), "fs": FS,
-               "records": records}
+    made_of = {"layout": 6, "preprocessing": how, "leads": [*leads], "fs": FS, "records": records}
     path = Path(root, "cache", f"{how}-{zlib.crc32(json.dumps(made_of).encode()):08x}.npy")
     about = path.with_suffix(".json")
     while wait and not path.exists():
@@ -439,9 +427,8 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
     if unreadable and not skip_unreadable:
         raise InputError(f"{next(iter(unreadable.values()))}; {about} lists all {len(unreadable)}: "
                          f"mend them and delete {path}, or leave them out with --skip-unreadable")
-    for key, text in NOTES.items():
-        if notes[key]:
-            print(f"{len(notes[key]):,} of {len(records):,} records {text}, see {about}")
+    for key in filter(notes.get, NOTES):
+        print(f"{len(notes[key]):,} of {len(records):,} records are listed as {key} in {about}")
     return path, notes
 
 
@@ -475,14 +462,12 @@ def first_window(root, how, leads, record):
 
 
 def load_records(root, task, how="filter", leads=LEADS, **options):
-    """(Labels, signals): the task's readable records. The signal of record i is
-    signals[labels.row[i]], of the memory-mapped array (N, leads, 5000), which is built if missing.
-    options: those of `build_cache`."""
+    """(Labels, signals) of the task's readable records. That of record i is signals[labels.row[i]],
+    of the memory-mapped array (N, leads, 5000), built if missing. options: of `build_cache`."""
     labels = load_labels(root, task, unlabelled=True)
     path, notes = build_cache(root, labels.record, how, leads, **options)
-    readable = ~np.isin(labels.record, list(notes["unreadable"]))
-    labelled = is_own(task) | labels.y.any(1)
-    return labels.take(readable & labelled), np.load(path, mmap_mode="r")
+    chosen = (is_own(task) | labels.y.any(1)) & ~np.isin(labels.record, list(notes["unreadable"]))
+    return labels.take(chosen), np.load(path, mmap_mode="r")
 
 
 # ------------------------------------------------------------------------------- files and messages
@@ -552,8 +537,7 @@ def add_options(add):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add_options(parser.add_argument)
-    parser.add_argument("--task", default="all71", help="a .csv table of your own (default: PTB-XL;"
-                        " one cache serves all its tasks)")
+    parser.add_argument("--task", default="all71", help="a .csv table (default: PTB-XL)")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--download", action="store_true", help="fetch PTB-XL 1.0.3 first")
     args = parser.parse_args(argv)

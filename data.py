@@ -151,7 +151,7 @@ def read_csv(path, needed):
             raise InputError(f"has {len(rows)} rows (of other lengths: {ragged[:5]}), the columns "
                              f"{', '.join(names)[:200]}; wanted {needed}, and none twice")
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: {error}; wanted a UTF-8 csv; PTB-XL: data.py --download") from None
+        raise InputError(f"{path}: {error}; wanted a UTF-8 csv, or data.py --download") from None
     return dict(columns)
 
 
@@ -173,10 +173,9 @@ def ptbxl_classes(path, table, task):
     """(y, classes) by the protocol of Strodthoff et al. (2021): a statement counts as present
     whatever its likelihood, 0 included; the classes are all those of the task, sorted."""
     flag, name = TASKS[task]
-    columns = read_csv(path.with_name(STATEMENTS), ["", flag or "", name])
-    cells = zip(columns[""], columns[name], columns[flag or ""])
-    class_of = {statement: kind * (not flag or flagged in ("1", "1.0"))     # "" where it has none
-                for statement, kind, flagged in cells}
+    columns = read_csv(path.with_name(STATEMENTS), ["", name, flag or ""])
+    class_of = {code: kind * (not flag or flagged in ("1", "1.0"))      # "" where it has none
+                for code, kind, flagged in zip(columns[""], columns[name], columns[flag or ""])}
     classes = sorted({*class_of.values()} - {""})
     y = np.zeros((len(table["scp_codes"]), len(classes)), np.uint8)
     for i, cell in enumerate(table["scp_codes"]):

@@ -1,13 +1,11 @@
 """ECG datasets: labels of PTB-XL or of a table of your own, records, a cache of their signals.
 
     python data.py --download --data ptbxl      # fetch PTB-XL 1.0.3 (1.7 GB) and preprocess it
-    python data.py --data ptbxl                 # preprocess it; ends: ...: 21,799 records, 2.62 GB
     python data.py --data clinic --task clinic.csv --leads I --preprocess raw
 
-The cache is one float16 array (N, leads, 5000), a row for each row of the dataset's table, to be
-read with np.load(path, mmap_mode="r"). Signals: leads in the order of LEADS, 10 s at 500 Hz, in
-millivolts, or unitless after normalization. Needs NumPy, SciPy, wfdb and tqdm (and PyTorch for
---download); no other project file.
+The cache is one float16 array (N, leads, 5000), a row for each row of the dataset's table: leads in
+the order of LEADS, 10 s at 500 Hz, in millivolts, or unitless after normalization. Needs NumPy,
+SciPy, wfdb and tqdm (and PyTorch for --download); no other project file.
 """
 import argparse
 import ast
@@ -15,7 +13,6 @@ import csv
 import json
 import math
 import os
-import posixpath
 import re
 import signal
 import sys
@@ -53,20 +50,15 @@ UNKNOWN = (r"(#?n[./]?a\.?n?|<na>|nat|none|\(?null\)?|missing|\W*(not )?unk(nown
            r"not (available|known)|anonym\w*|[-?.]+|0+(\.0)?|-\d+(\.0)?)?")      # patient_id
 PREPROCESSING = ("filter", "zscore", "raw")
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
-MAX_MILLIVOLTS = 1e4            # an ECG's amplitude is about 1; the largest float16 is 65504
-MIN_FS, MAX_FS = 50, 100_000    # Hz, limits for resampling
-CHECKED_SECONDS = 60            # longer records are read in parts, and no checksum is compared
 LEAD_OF = {lead.lower(): lead for lead in LEADS} | {
     "di": "I", "d1": "I", "dii": "II", "d2": "II", "diii": "III", "d3": "III"}
 DERIVED = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I, II
-RECORD_LINE = {     # of a WFDB header, its first line: what each cell must be
-    "record's name": r"[-\w]+(/\d+)?", "number of signals": r"\d+", "rate": r"\d+(\.\d*)?(/\S+)?",
-    "number of samples": r"\d+"}
-SEGMENT_LINE = {"segment's name": r"[-\w]*~?", "segment's length": r"\d+"}
-SIGNAL_LINE = {"file": r"~?[-\w]*(\.\w*)?", "format": r"\d+(x\d+)?(:\d+)?(\+\d+)?",
-               "gain": r"(-?\d*\.?\d*(e[+-]?\d+)?(\(-?\d+\))?(/\S*)?)?"}
-SIGNAL_CELLS = r"(\S+)\s*(\S*)\s*([-+.\d]\S*)?((?:\s+-?\d+){0,5})\s*(.*)"   # ..., 5 numbers, name
-LAYOUT = 6          # version of the cache; those of other versions are not used
+LINES = {   # of a WFDB header: the form of each kind, in groups what is used of it
+    "record": r"[-\w]+(/\d+)?\s+\d+\s+(\d+\.?\d*)(?:/\S+)?\s+(\d+)(?:\s.*)?",
+    "segment": r"([-\w]*~?)\s+(\d+)(?:\s.*)?",
+    "signal": r"(~?[-\w]*(?:\.\w*)?)\s+\d+(?:x(\d+))?(:\d+)?(?:\+\d+)?"     # file, format
+              r"(?:\s+-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?:\(-?\d+\))?(?:/(\S*))?"   # gain, unit
+              r"(?:\s+-?\d+){0,3}(?:\s+(-?\d+))?(?:\s+-?\d+)?(?:\s+(.*))?)?"}   # checksum, name
 URL = ("https://physionet.org/static/published-projects/ptb-xl/"
        "ptb-xl-a-large-publicly-available-electrocardiography-dataset-1.0.3.zip")
 
@@ -116,15 +108,14 @@ def read_table(root, task):
     elif task not in TASKS:
         raise InputError(f"task {task!r}: wanted {', '.join(TASKS)}, or a .csv table")
     table = read_csv(path, needed)
-    records = [posixpath.normpath(strip_extension(cell)) for cell in table[needed[0]]]
+    records = [os.path.normpath(strip_extension(cell)) for cell in table[needed[0]]]
     ids = [cell.removesuffix(".0") for cell in table.get("ecg_id", records)]    # pandas adds it
     patients = ["" if is_unknown(who) else who.removesuffix(".0")
                 for who in table.get("patient_id", [""] * len(records))]
     for column, names in ((needed[0], records), ("ecg_id", ids)):
-        bad = [name for name, count in Counter(names).items()
-               if count > 1 or re.match(r"/|\.\.|\.?$", name)]
-        if bad:
-            raise InputError(f"{path}: {column} {bad[0]!r}; wanted one row a record, inside {root}")
+        for name, count in Counter(names).items():
+            if count > 1 or re.match(r"/|\.\.|\.?$", name):
+                raise InputError(f"{path}: {column} {name!r}; wanted a row a record, inside {root}")
     if fold in table:
         folds = translate(path, fold, table[fold], FOLDS, "1-8 (train), 9 (validates), 10 (tests)")
     else:   # by a hash, so that a patient is in the same fold in every table and on every machine
@@ -149,33 +140,27 @@ def read_csv(path, needed):
     """A csv file with a header -> {column: its cells, without spaces around them}. What Excel adds
     is left out: a first line `sep=,`, columns without a name and a cell."""
     try:
-        lines = path.read_text("utf-8-sig").splitlines(keepends=True) or [""]
-        mark = re.match(r'"?sep=(.)', lines[0])
-        mark, lines = (mark[1], lines[1:]) if mark else (max(",;\t", key=lines[0].count), lines)
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=mark)]
+        text = re.sub('^"?sep=.*\n', "", path.read_text("utf-8-sig"))
+        mark = max(",;\t", key=text.partition("\n")[0].count)
+        rows = csv.reader(text.splitlines(keepends=True), delimiter=mark)
+        rows = [[cell.strip() for cell in row] for row in rows]
         names, *rows = [row for row in rows if any(row)] or [[]]
         ragged = [i for i, row in enumerate(rows, 2) if len(row) != len(names)]
-        if ragged:
-            raise InputError(f"row {ragged[0]} does not have {len(names)} cells")
         columns = [(name, cells) for name, cells in zip(names, zip(*rows)) if name or any(cells)]
-        if not rows or len(dict(columns)) < len(columns) or not {*needed} <= {*names}:
-            raise InputError(f"has {len(rows)} rows, and the columns {', '.join(names)[:200]}; "
-                             f"wanted {', '.join(map(repr, needed))}, and none twice")
+        if not rows or ragged or len(dict(columns)) < len(columns) or not {*needed} <= {*names}:
+            raise InputError(f"has {len(rows)} rows (of other lengths: {ragged[:5]}), the columns "
+                             f"{', '.join(names)[:200]}; wanted {needed}, and none twice")
     except (OSError, ValueError, csv.Error) as error:
-        remedy = "wanted a csv table in UTF-8; --task gives its place"
-        if path.name in (DATABASE, STATEMENTS):
-            remedy = f"`python data.py --download --data {path.parent}` fetches PTB-XL"
-        raise InputError(f"{path}: {error}; {remedy}") from None
+        raise InputError(f"{path}: {error}; wanted a UTF-8 csv, or data.py --download") from None
     return dict(columns)
 
 
 def translate(path, column, cells, values, wanted):
     """The cells of a column by the dict `values`. Raises InputError for the first unknown one."""
-    found = [values.get(cell.lower()) for cell in cells]
-    if None in found:
-        i = found.index(None)
-        raise InputError(f"{path}: row {i + 2}: {column} is {cells[i][:40]!r}; wanted {wanted}")
-    return found
+    for i, cell in enumerate(cells, 2):
+        if cell.lower() not in values:
+            raise InputError(f"{path}: row {i}: {column} is {cell[:40]!r}; wanted {wanted}")
+    return [values[cell.lower()] for cell in cells]
 
 
 def identifiers(cells):
@@ -188,10 +173,9 @@ def ptbxl_classes(path, table, task):
     """(y, classes) by the protocol of Strodthoff et al. (2021): a statement counts as present
     whatever its likelihood, 0 included; the classes are all those of the task, sorted."""
     flag, name = TASKS[task]
-    columns = read_csv(path.with_name(STATEMENTS), ["", flag or "", name])
-    flags = columns[flag] if flag else ["1"] * len(columns[""])
-    class_of = {statement: kind * (flagged in ("1", "1.0"))     # "" where it has none
-                for statement, kind, flagged in zip(columns[""], columns[name], flags)}
+    columns = read_csv(path.with_name(STATEMENTS), ["", name, flag or ""])
+    class_of = {code: kind * (not flag or flagged in ("1", "1.0"))      # "" where it has none
+                for code, kind, flagged in zip(columns[""], columns[name], columns[flag or ""])}
     classes = sorted({*class_of.values()} - {""})
     y = np.zeros((len(table["scp_codes"]), len(classes)), np.uint8)
     for i, cell in enumerate(table["scp_codes"]):
@@ -206,12 +190,11 @@ def ptbxl_classes(path, table, task):
 
 def own_classes(path, table):
     """(y, classes) of a custom table."""
-    classes, known = [name for name in table if name not in NOT_CLASSES], ", ".join(NOT_CLASSES)
-    if not classes or any(re.match("$|Unnamed:", name) for name in classes):
-        raise InputError(f"{path}: wanted, besides {known}, a column of 0 and 1 for each class, "
-                         "with its name (pandas: to_csv(..., index=False))")
-    wanted = (f"0 or 1, as all columns but {known} are classes; leave out records whose label is "
-              "unknown, and give each of several exclusive classes a column")
+    classes = [name for name in table if name not in NOT_CLASSES]
+    wanted = (f"0 or 1, as in each column but {', '.join(NOT_CLASSES)}; leave out unknown labels, "
+              "and give exclusive classes a column each (pandas: to_csv(..., index=False))")
+    if not classes or "" in classes:
+        raise InputError(f"{path}: has no class, or one without a name; wanted {wanted}")
     y = [translate(path, name, table[name], LABELS, wanted) for name in classes]
     return np.array(y, np.uint8).T, classes
 
@@ -240,62 +223,44 @@ def lead_called(name):
     return LEAD_OF.get(re.sub(r"[ _](?=\d$)", "", short), name.strip())
 
 
-# signals: {lead, or the name of what is none: Channel}; segments, if it is in
-# several: [(path, Header, frames)]; a gap has no path, and neither it nor a layout has a Header
-Header = namedtuple("Header", "frame_rate frames signals segments")
+# segments, if it is in several: [(path, Header, frames)]; a gap's Header has no signals
+Header = namedtuple("Header", "frame_rate frames signals segments")     # signals: {lead: Channel}
 # place: among the signals; per_frame: samples; checksum: of all its samples modulo 65536, or 0
 Channel = namedtuple("Channel", "place per_frame unit checksum")
 
 
-def header_lines(path):
-    """The lines of a WFDB header but comments, in cells: the record's, then one for each segment or
-    signal (file, format, gain, numbers, name). Raises InputError for what wfdb cannot read."""
-    text = Path(f"{path}.hea").read_bytes().decode("utf-8-sig", "surrogateescape")
-    found = []
-    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
-        if not line or line.startswith("#"):
-            continue
-        if not found:
-            cells, forms = [*line.split(), "", "", ""], RECORD_LINE     # "": what is missing
-        elif "/" in found[0][0]:
-            cells, forms = [*line.split(), ""], SEGMENT_LINE
-        else:
-            cells, forms = re.match(SIGNAL_CELLS, line).groups(""), SIGNAL_LINE
-        for cell, (part, form) in zip(cells, forms.items()):
-            if not re.fullmatch(form, cell):
-                raise InputError(f"{path}.hea: line {number}: the {part} {cell!r} is not WFDB's")
-        found.append(cells)
-    if not found:
-        raise InputError(f"{path}.hea: is empty")
-    return found
+def read_line(path, kind, line):
+    """What is used of a header's line. Raises InputError for one that wfdb cannot read right."""
+    match = re.fullmatch(LINES[kind], line)
+    if not match:
+        raise InputError(f"{path}.hea: {line[:80]!r} is no {kind} line of WFDB's")
+    return match.groups("")
 
 
 def read_header(path):
     """The Header of a WFDB record. Raises InputError for one that cannot be read."""
-    record, *lines = header_lines(path)
+    text = Path(f"{path}.hea").read_bytes().decode("utf-8-sig", "surrogateescape")
+    lines = [line for line in map(str.strip, text.split("\n")) if line and line[0] != "#"] or [""]
+    several, rate, length = read_line(path, "record", lines[0])
+    if not float(rate) or not int(length):
+        raise InputError(f"{path}.hea: {lines[0]!r} means 0 samples, or 0 a second")
     signals, segments = {}, []
-    if "/" in record[0]:
-        for name, frames, *_ in lines:
-            part = Path(path).with_name(name) if name != "~" else None
-            header = read_header(part) if part and int(frames) else None
+    for i, line in enumerate(lines[1:]):
+        if several:
+            name, frames = read_line(path, "segment", line)
+            part, gap = Path(path).with_name(name), name == "~" or not int(frames)
+            header = Header(0, 0, {}, []) if gap else read_header(part)
             segments.append((part, header, int(frames)))
-            signals = {**(header.signals if header else {}), **signals}
-        lines = []
-    for i, (file, form, gain, numbers, name) in enumerate(lines):
+            signals = {**header.signals, **signals}
+            continue
+        file, per_frame, skew, unit, checksum, name = read_line(path, "signal", line)
         mat = Path(path).with_name(file)
         if mat.suffix == ".mat" and b"MATLAB " in np.fromfile(mat, "S7", 1):
-            raise InputError(f"{file} is a file of MATLAB 5 or later; wanted MATLAB 4, as by "
-                             "scipy.io.savemat(..., format='4')")
-        # wfdb drops the micro sign, whatever its encoding.
-        unit = re.sub(r"[^!-~]+(?=v$)", "u", gain.partition("/")[2].lower()) or "mv"
-        per_frame = re.search(r"x(\d+)|$", form)[1]
-        checksum = 0 if ":" in form else [*numbers.split(), 0, 0, 0, 0][3]
-        channel = Channel(i, int(per_frame or 1), unit, int(checksum) % 65536)
-        signals.setdefault(lead_called(name), channel)
-    rate, frames = float(record[2].partition("/")[0]), int(record[3])
-    if not rate or not frames:
-        raise InputError(f"{path}.hea: line 1: has 0 samples, or 0 a second")
-    return Header(rate, frames, signals, segments)
+            raise InputError(f"{file} is of MATLAB 5 or later; wanted savemat(..., format='4')")
+        unit = re.sub(r"[^!-~]+(?=v$)", "u", unit.lower()) or "mv"      # wfdb drops a micro sign
+        checksum = 0 if skew else int(checksum or 0) % 65536
+        signals.setdefault(lead_called(name), Channel(i, int(per_frame or 1), unit, checksum))
+    return Header(float(rate), int(length), signals, segments)
 
 
 def find_leads(header, leads):
@@ -308,20 +273,18 @@ def find_leads(header, leads):
     if missing:
         raise InputError(f"has no lead {missing[0]} (it has {', '.join(header.signals)}); "
                          f"wanted {', '.join(leads)}; rename those that have another name")
-    if len({found.per_frame for found in wanted.values()}) > 1:
-        raise InputError("has leads of several sampling rates; wanted one rate")
-    other = {found.unit for found in wanted.values()} - {*MILLIVOLTS}
-    if other:
-        raise InputError(f"is in {', '.join(other)}; wanted one of mV, uV, nV, V")
+    _, rates, units, _ = map(set, zip(*wanted.values()))
+    if len(rates) > 1 or not units <= MILLIVOLTS.keys():
+        raise InputError(f"is in {', '.join(units)} at {len(rates)} rates; wanted mV, uV, nV or V, "
+                         "and one rate")
     return wanted, derived
 
 
 def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
     """A WFDB record (path without extension) -> float32 (leads, n) in millivolts, and its sampling
-    rate in Hz; `seconds` of it, from `start` on. Leads are found by name, in any order; III, aVR,
-    aVL and aVF may follow from I and II. Other units are converted; missing samples are NaN, as is
-    all of a lead that a segment lacks. Raises what wfdb raises, and InputError for a record whose
-    leads, units or checksums are not right."""
+    rate in Hz; `seconds` of it, from `start` on. Leads are found by name; III, aVR, aVL and aVF may
+    follow from I and II. Missing samples are NaN, as is a lead that a segment lacks. Raises what
+    wfdb raises, and InputError for wrong headers, leads, units and checksums."""
     header = header or read_header(path)
     rate, (channel, *_) = header.frame_rate, find_leads(header, leads)[0].values()
     fs, stop, past = rate * channel.per_frame, header.frames / rate, 0
@@ -330,10 +293,10 @@ def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
     for path, part, frames in header.segments or [(path, header, header.frames)]:
         at, past = past, past + frames
         first, last = max(0, int(start * rate) - at), min(frames, math.ceil(stop * rate) - at)
-        there = [i for i, lead in enumerate(leads) if part and (lead in part.signals or (
-            lead in DERIVED and {"I", "II"} <= part.signals.keys()))]
+        there = [i for i, lead in enumerate(leads) if lead in part.signals or (
+            lead in DERIVED and {"I", "II"} <= part.signals.keys())]
         if there and first < last:
-            if frames <= CHECKED_SECONDS * rate:
+            if frames <= 60 * rate:     # a minute is read whole, for its checksum
                 first, last = 0, frames
             piece = read_samples(path, part, [leads[i] for i in there], first, last)
             begin = (at + first) * channel.per_frame - round(start * fs)    # in x
@@ -350,8 +313,7 @@ def read_samples(path, header, leads, first, last):
                            physical=False, smooth_frames=False)
     for (lead, found), samples in zip(wanted.items(), record.e_d_signal):
         if last - first == header.frames and found.checksum not in (0, samples.sum() % 65536):
-            raise InputError(f"lead {lead} has not the checksum of its header, which belongs to "
-                             "another signal file")
+            raise InputError(f"lead {lead} has not the checksum that its header gives")
     samples = zip(wanted.items(), record.dac(expanded=True))
     volts = {lead: MILLIVOLTS[found.unit] * x for (lead, found), x in samples}
     for lead in derived:
@@ -366,17 +328,16 @@ def preprocess(signal, fs, how="filter"):
     last step alone) or "raw" (millivolts). Raises InputError for what is not in millivolts."""
     from scipy import signal as dsp
     x = np.asarray(signal)
-    if x.ndim != 2 or not x.size or not MIN_FS <= fs <= MAX_FS:
-        raise InputError(f"shape {x.shape} at {fs} Hz; wanted (leads, n) at {MIN_FS} Hz or more")
+    if x.ndim != 2 or x.shape[1] < 2 or not 50 <= fs <= 100_000:
+        raise InputError(f"shape {x.shape} at {fs} Hz; wanted (leads, n) at 50 Hz or more")
     seconds = 10 if fs == FS else 11    # one more for the filter that resamples
     x = x[:, :math.ceil(seconds * fs)].astype(np.float64)
-    if not np.abs(x[~np.isnan(x)]).max(initial=0) <= MAX_MILLIVOLTS:
-        raise InputError(f"samples beyond {MAX_MILLIVOLTS:g} mV; wanted an ECG in millivolts")
+    if not np.abs(x[~np.isnan(x)]).max(initial=0) <= 1e4:   # an ECG's are about 1
+        raise InputError("samples beyond 10 V; wanted an ECG in millivolts")
     x = np.stack([fill_gaps(lead) for lead in x])
     if fs != FS:    # beyond its ends a lead goes on along the line through its first and last one
         up, down = Fraction(FS / fs).limit_denominator(1000).as_integer_ratio()
-        ends = "line" if x.shape[1] > 1 else "constant"
-        x = dsp.resample_poly(x, up, down, axis=1, padtype=ends)
+        x = dsp.resample_poly(x, up, down, axis=1, padtype="line")
     x = remove_noise(x[:, :SAMPLES]) if how == "filter" else x[:, :SAMPLES]
     if how != "raw":
         std = x.std()   # the 1e-8 is from ECGFounder's own preprocessing
@@ -385,12 +346,9 @@ def preprocess(signal, fs, how="filter"):
 
 
 def fill_gaps(lead):
-    """One lead (n,) with its missing samples (NaN) filled: by linear interpolation, at the ends by
-    the nearest value, with zeros if all are missing."""
-    there = ~np.isnan(lead)
-    if there.all() or not there.any():
-        return np.where(there, lead, 0)
-    return np.interp(np.arange(len(lead)), np.flatnonzero(there), lead[there])
+    """One lead (n,), its missing samples (NaN) interpolated, or zeros if all are missing."""
+    there, at = ~np.isnan(lead), np.arange(len(lead))
+    return np.interp(at, at[there], lead[there]) if there.any() else np.zeros(len(lead))
 
 
 def remove_noise(x):
@@ -424,10 +382,7 @@ def load_windows(path, how="filter", leads=LEADS):
             raise InputError("its leads are missing or flat")
     except Exception as error:  # wfdb raises almost anything for a malformed header or short file
         why = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        if re.search("time data|out of range for", str(why)):
-            why = f"line 1 of the .hea: the time or date: {error}"
-        text = f"{path}: no ECG can be read from this WFDB record: {why}"
-        raise InputError(" ".join(text.split())) from None
+        raise InputError(" ".join(f"{path}: cannot be used: {why}".split())) from None
 
 
 def what_lacks(signal, fs, leads):
@@ -444,10 +399,7 @@ def what_lacks(signal, fs, leads):
 
 
 # -------------------------------------------------------------------------------------------- cache
-NOTES = {   # what is noted of records in the .json beside a cache, and said
-    "unreadable": "cannot be used and are left out",
-    "lacking": "lack more than a tenth of their samples, or whole leads",
-    "derived": "have leads that were derived from I and II"}
+NOTES = "unreadable", "lacking", "derived"      # of records; see load_windows, build_cache
 
 
 def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unreadable=False,
@@ -457,8 +409,7 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
     cannot be used raise InputError, once all others are cached, unless `skip_unreadable`. Changed
     records are not noticed: delete the cache. wait: for another process to build it."""
     records = list(map(str, records))
-    made_of = {"layout": LAYOUT, "preprocessing": how, "leads": list(leads), "fs": FS,
-               "records": records}
+    made_of = {"layout": 6, "preprocessing": how, "leads": [*leads], "fs": FS, "records": records}
     path = Path(root, "cache", f"{how}-{zlib.crc32(json.dumps(made_of).encode()):08x}.npy")
     about = path.with_suffix(".json")
     while wait and not path.exists():
@@ -475,9 +426,8 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
     if unreadable and not skip_unreadable:
         raise InputError(f"{next(iter(unreadable.values()))}; {about} lists all {len(unreadable)}: "
                          f"mend them and delete {path}, or leave them out with --skip-unreadable")
-    for key, text in NOTES.items():
-        if notes[key]:
-            print(f"{len(notes[key]):,} of {len(records):,} records {text}, see {about}")
+    for key in filter(notes.get, NOTES):
+        print(f"{len(notes[key]):,} of {len(records):,} records are listed as {key} in {about}")
     return path, notes
 
 
@@ -485,24 +435,20 @@ def write_signals(f, root, records, how, leads, workers):
     """Write the signals of all records to the file `f` as a .npy array, in order, zeros for those
     that cannot be used -> {key of NOTES: {record: in words}}."""
     import scipy.ndimage, scipy.signal, wfdb  # noqa: E401,F401  once, not in every worker
-    shape, notes = (len(records), len(leads), SAMPLES), {key: {} for key in NOTES}
-    header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    notes = {key: {} for key in NOTES}
+    header = {"descr": "<f2", "fortran_order": False, "shape": (len(records), len(leads), SAMPLES)}
     np.lib.format.write_array_header_1_0(f, header)
     read, ignore = partial(first_window, root, how, leads), (signal.SIGINT, signal.SIG_IGN)
     size = 128 * workers    # of the parts that are submitted: what is finished stays in memory
-    try:
-        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore) as pool:
-            pool.submit(os.getpid)      # the workers are forked before the bar has a thread
-            parts = (records[i:i + size] for i in range(0, len(records), size))
-            windows = (window for part in parts for window in pool.map(read, part, chunksize=8))
-            windows = tqdm(windows, "cache", len(records), unit="record", disable=None)
-            for (window, said), record in zip(windows, records):
-                f.write(window.tobytes())
-                for key in filter(said.get, NOTES):
-                    notes[key][record] = said[key]
-    except BrokenExecutor:
-        raise InputError("a worker was killed, perhaps as memory ran out; run data.py with fewer "
-                         "--workers") from None
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore) as pool:
+        pool.submit(os.getpid)      # the workers are forked before the bar has a thread
+        parts = (records[i:i + size] for i in range(0, len(records), size))
+        windows = (window for part in parts for window in pool.map(read, part, chunksize=8))
+        windows = tqdm(windows, "cache", len(records), unit="record", disable=None)
+        for (window, said), record in zip(windows, records):
+            f.write(window.tobytes())
+            for key in filter(said.get, NOTES):
+                notes[key][record] = said[key]
     return notes
 
 
@@ -515,26 +461,19 @@ def first_window(root, how, leads, record):
 
 
 def load_records(root, task, how="filter", leads=LEADS, **options):
-    """(Labels, signals): the task's readable records. The signal of record i is
-    signals[labels.row[i]], of the memory-mapped array (N, leads, 5000), which is built if missing.
-    options: those of `build_cache`."""
+    """(Labels, signals) of the task's readable records. That of record i is signals[labels.row[i]],
+    of the memory-mapped array (N, leads, 5000), built if missing. options: of `build_cache`."""
     labels = load_labels(root, task, unlabelled=True)
     path, notes = build_cache(root, labels.record, how, leads, **options)
-    readable = ~np.isin(labels.record, list(notes["unreadable"]))
-    labelled = is_own(task) | labels.y.any(1)
-    return labels.take(readable & labelled), np.load(path, mmap_mode="r")
+    chosen = (is_own(task) | labels.y.any(1)) & ~np.isin(labels.record, list(notes["unreadable"]))
+    return labels.take(chosen), np.load(path, mmap_mode="r")
 
 
 # ------------------------------------------------------------------------------- files and messages
 @contextmanager
 def whole_file(path):
     """A file to write bytes to, which gets the name `path` once all are written, or never."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    for old in path.parent.glob(f".{path.name}.*.part"):    # a killed process may have left it
-        with suppress(FileNotFoundError):
-            if time.time() - old.stat().st_mtime > 3600:
-                old.unlink()
+    part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as f:
             yield f
@@ -557,7 +496,7 @@ def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         yield
-    except (KeyboardInterrupt, InputError, OSError, *more) as error:
+    except (KeyboardInterrupt, InputError, OSError, BrokenExecutor, *more) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         line = interrupted if stopped else " ".join(str(error).split())
         sys.stderr.write(f"{script}: {line}\n")
@@ -581,8 +520,7 @@ def download(root):
                 if re.fullmatch(wanted, member.filename):
                     z.extract(member, root)     # which checks its CRC
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise InputError(f"{archive}: not PTB-XL's zip, or not all of it ({error}); remove it and "
-                         f"run this again, or: wget -c -O {archive} {URL}") from None
+        raise InputError(f"{archive}: {error}; remove it, or: wget -c -O {archive} {URL}") from None
     archive.unlink()
 
 
@@ -598,8 +536,7 @@ def add_options(add):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     add_options(parser.add_argument)
-    parser.add_argument("--task", default="all71", help="a .csv table of your own (default: PTB-XL;"
-                        " one cache serves all its tasks)")
+    parser.add_argument("--task", default="all71", help="a .csv table (default: PTB-XL)")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     parser.add_argument("--download", action="store_true", help="fetch PTB-XL 1.0.3 first")
     args = parser.parse_args(argv)

@@ -115,7 +115,7 @@ DAMAGED = [     # (command, file, what the line names)
 CELLS = [       # (table, column, bad values, what else the line names)
     (DATABASE, "strat_fold", ["0", "1.5", ""], "row 6, 1-8 (train)"),
     (DATABASE, "filename_hr", ["/etc/passwd", "../secret"], "inside"),
-    (TABLE, "other", ["2", ""], "row 6, 0 or 1"), (TABLE, "ecg_id", ["6"], "wanted one row"),
+    (TABLE, "other", ["2", ""], "row 6, 0 or 1"), (TABLE, "ecg_id", ["6"], "wanted a row"),
     (DATABASE, "scp_codes", ["{'XYZ': 100.0}", "{'NORM': 100.0", "[" * 100_000,
                              "{'NORM': __import__('os').mkdir('canary')}"], "row 6, statements of"),
 ]

@@ -1,21 +1,18 @@
-"""ECGFounder's network in plain PyTorch, with stochastic depth whose dropped branches cost
-nothing.
+"""ECGFounder's network in plain PyTorch, with stochastic depth whose dropped branches cost nothing.
 
     python model.py --download             # fetch the official weights, hash checked
     python model.py --download --leads 1   # the one-lead release, of lead I
     python model.py --weights FILE         # verify a checkpoint: keys, hash, official logits
 
-Input: (B, 12, T) float, T = 5000 samples at 500 Hz, leads I II III aVR aVL aVF V1-V6; output:
-logits (B, n_classes). Network and weights: Li et al., "An Electrocardiogram Foundation Model Built
-on over 10 Million Recordings" (NEJM AI 2025). Stochastic depth: Huang et al., "Deep Networks with
-Stochastic Depth" (ECCV 2016). This file imports no other project file.
+Input: (B, 12, T), T = 5000 samples at 500 Hz, in the order of LEADS; output: logits (B, n_classes).
+Network: Li et al., "An Electrocardiogram Foundation Model Built on over 10 Million Recordings",
+NEJM AI 2025. Stochastic depth: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016.
 """
 import argparse
 import hashlib
 import math
 import re
 import warnings
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +33,7 @@ OFFICIAL = "checkpoints/12_lead_ECGFounder.pth"
 OFFICIAL_ONE_LEAD = "checkpoints/1_lead_ECGFounder.pth"
 OFFICIAL_URL = "https://huggingface.co/PKUDigitalHealth/ECGFounder/resolve/main/"
 OFFICIAL_SHA256 = "ee199f3781f4ae1f732973267f003da0a759ea12bddb0dd28a77faa60aca7997"  # 12 leads
-# The official file's first logits (strict loading, float32, CPU) for
-# torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000).
+# The official file's first logits for torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000).
 OFFICIAL_LOGITS = (8.3751173, -4.1527028, -6.7856750, -2.8647900, 4.4135675,
                    -2.2547250, -5.3009405, -6.1225495, -1.0395477, -1.8894272)
 
@@ -66,15 +62,13 @@ class Block(nn.Module):
     """Pre-activation bottleneck block with squeeze-excitation and stochastic depth:
     (B, C, T) -> (B, out_channels, ceil(T / stride)).
 
-    In training each call draws which samples keep the residual branch (`drop_path` is the fraction
-    that does not), computes it for those alone and scales it by B / kept, so that its expectation
-    is the full branch. The number kept, max(1, floor((1 - p) B + 0.5)), is fixed for a given B."""
+    In training each call draws the max(1, floor((1 - drop_path) B + 0.5)) samples that keep the
+    residual branch, and scales it by B / kept, so that its expectation is the full branch."""
 
-    def __init__(self, in_channels, out_channels, stride, drop_path, leading_swish):
+    def __init__(self, in_channels, out_channels, stride, drop_path, leading_swish=True):
         super().__init__()
-        groups = out_channels // GROUP
         self.conv1 = SameConv1d(in_channels, out_channels, 1)
-        self.conv2 = SameConv1d(out_channels, out_channels, KERNEL, stride, groups)
+        self.conv2 = SameConv1d(out_channels, out_channels, KERNEL, stride, out_channels // GROUP)
         self.conv3 = SameConv1d(out_channels, out_channels, 1)
         self.se_fc1 = nn.Linear(out_channels, out_channels // 2)
         self.se_fc2 = nn.Linear(out_channels // 2, out_channels)
@@ -82,9 +76,8 @@ class Block(nn.Module):
         self.grow = out_channels - in_channels
 
     def branch(self, x, scale=1.0):
-        h = F.silu(x) if self.leading_swish else x
-        h = self.conv1(h)                           # (B, C, T)
-        h = self.conv2(F.silu(h))                   # (B, C, T / stride)
+        h = self.conv1(F.silu(x) if self.leading_swish else x)  # (B, C, T)
+        h = self.conv2(F.silu(h))                               # (B, C, T / stride)
         h = self.conv3(F.silu(h))
         gate = torch.sigmoid(self.se_fc2(F.silu(self.se_fc1(h.mean(-1)))))  # (B, C)
         return h * (scale * gate).unsqueeze(-1)
@@ -110,48 +103,39 @@ class ECGFounder(nn.Module):
     """The published network, with its checkpoint's parameter names, randomly initialized; without
     the BatchNorm layers that it defines but never applies.
 
-    in_channels: the number of leads; the official releases have 12, or 1 (lead I). drop_path,
-    0 <= p < 1: fraction of each batch that skips a residual branch in training; the same in every
-    block ("constant") or growing from 0 in the first of the 20 blocks to p in the last ("linear").
-    dropout, 0 <= p < 1: of the pooled features. Raises ValueError for other rates or modes."""
+    in_channels: leads, 12 or 1 (lead I) in the official releases. drop_path, 0 <= p < 1: fraction
+    of each batch that skips a residual branch in training, in every block ("constant") or from 0 in
+    the first to p in the last ("linear"); else ValueError. dropout: of the pooled features."""
 
     def __init__(self, n_classes, in_channels=12, drop_path=0.0, drop_path_mode="constant",
                  dropout=0.0, levels=LEVELS):
         super().__init__()
-        if not (0 <= drop_path < 1 and 0 <= dropout < 1) or drop_path_mode not in MODES:
-            raise ValueError(f"drop path {drop_path} ({drop_path_mode}) and dropout {dropout}; "
-                             f"wanted rates 0 <= p < 1, and one of {', '.join(MODES)}")
+        if not 0 <= drop_path < 1 or drop_path_mode not in MODES:
+            raise ValueError(f"drop path {drop_path}, {drop_path_mode}; wanted 0 <= p < 1, {MODES}")
         n, channels = sum(blocks for _, blocks in levels), levels[0][0]
         grows = [i / max(1, n - 1) if drop_path_mode == "linear" else 1 for i in range(n)]
         rates = iter([drop_path * factor for factor in grows])
         self.first_conv = SameConv1d(in_channels, channels, KERNEL, stride=2)
         self.stage_list = nn.ModuleList()           # levels; an official name, like `block_list`
-        for i, (out_channels, n_blocks) in enumerate(levels):
-            blocks = []
-            for j in range(n_blocks):
-                # What enters the first block of all has just gone through a swish.
-                blocks.append(Block(channels, out_channels, 2 if j == 0 else 1, next(rates),
-                                    leading_swish=i + j > 0))
-                channels = out_channels
-            self.stage_list.append(nn.ModuleDict({"block_list": nn.Sequential(*blocks)}))
+        for out_channels, blocks in levels:
+            # What enters the first block of all has just gone through a swish.
+            level = [Block(channels, out_channels, 2, next(rates), len(self.stage_list) > 0)]
+            level += [Block(out_channels, out_channels, 1, next(rates)) for _ in range(blocks - 1)]
+            self.stage_list.append(nn.ModuleDict({"block_list": nn.Sequential(*level)}))
+            channels = out_channels
         self.dropout = nn.Dropout(dropout)
         self.dense = nn.Linear(channels, n_classes)
 
     def forward_features(self, x):
-        """Signals (B, in_channels, T >= 32) -> pooled features (B, 1024)."""
-        leads = self.first_conv.conv.in_channels
-        if x.dim() != 3 or x.shape[1] != leads or x.shape[2] < 32:
-            raise ValueError(f"input of shape {tuple(x.shape)}; wanted (batch, {leads} leads, at "
-                             "least 32 samples)")
+        """Signals (B, in_channels, T) -> pooled features (B, 1024)."""
         x = F.silu(self.first_conv(x))              # (B, 64, T / 2)
         for level in self.stage_list:
             x = level.block_list(x)                 # (B, C, T / 4) ... (B, 1024, T / 256)
         return x.mean(-1)
 
     def head(self, features):
-        """Features (B, 1024) -> logits (B, n_classes). In full precision even under autocast, as
-        coarser logits would tie."""
-        with torch.autocast(features.device.type, enabled=False):
+        """Features (B, 1024) -> logits (B, n_classes), in full precision."""
+        with torch.autocast(features.device.type, enabled=False):   # coarser logits tie
             return self.dense(self.dropout(features.to(self.dense.weight.dtype)))
 
     def forward(self, x):
@@ -164,51 +148,43 @@ ecgfounder = ECGFounder
 # ------------------------------------------------------------------------------------------ weights
 def read_checkpoint(path):
     """Read a checkpoint -> dict with at least `state_dict`, on the CPU: the weights, whatever the
-    file calls them, without the prefix of a wrapper. No code in the file is ever run: besides
-    tensors and plain data only NumPy's numbers are allowed, which the official files hold (pickled
-    under NumPy 1's names). Raises WeightsError for anything else."""
-    scalar = (np._core if hasattr(np, "_core") else np.core).multiarray.scalar
-    numbers = [type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + "?efd"]
-    allowed = [(scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar"),
-               np.dtype, *numbers]
+    file calls them, without a wrapper's prefix. No code in the file is ever run: besides tensors
+    and plain data only NumPy's numbers are allowed (official files hold some), or WeightsError."""
+    scalar = np.float64().__reduce__()[0]       # what NumPy's numbers are unpickled by
+    allowed = [np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd"),
+               *((scalar, f"numpy.{name}.multiarray.scalar") for name in ("core", "_core"))]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")     # what torch warns of here, it also refuses
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        holders = [part for part in (checkpoint, *checkpoint.values()) if isinstance(part, dict)
-                   and any(str(key).endswith(STEM) for key in part)]
-        state = checkpoint.get("state_dict", [*holders, checkpoint][0])
-        fields = {} if state is checkpoint else checkpoint
-        for key, value in state.items():
-            key + ""                            # a text
-            value.detach().float().numpy()      # a plain tensor, with data
+        parts = [checkpoint.get("state_dict"), checkpoint, *checkpoint.values()]
+        state = next(part for part in parts if isinstance(part, dict) and STEM in str([*part]))
+        (prefix,) = {key.removesuffix(STEM) for key, value in state.items()
+                     if key.endswith(STEM) and value.dim() == 3}
+        state = {key.removeprefix(prefix): value.detach() for key, value in state.items()
+                 if key.startswith(prefix)}     # a wrapper may have tensors of its own
     except Exception as error:  # torch raises almost anything for a damaged file, with bad advice
-        said = re.search(r"Unsupported global: GLOBAL \S+|No such file.*|$", str(error))[0]
-        raise WeightsError(f"{path}: no checkpoint of tensors and plain data can be read "
-                           f"({said or type(error).__name__}); fetch or train it again, or save "
-                           "its state_dict alone; `python model.py --download` fetches the "
-                           "official weights") from None
-    prefixes = [key.removesuffix(STEM) for key in state if key.endswith(STEM)]
-    if len(prefixes) == 1 and prefixes[0]:      # beside it a wrapper may have tensors of its own
-        state = {key.removeprefix(prefixes[0]): value for key, value in state.items()
-                 if key.startswith(prefixes[0])}
-    return {**fields, "state_dict": state}
+        said = re.search(r"Unsupported global: GLOBAL \S+|$", str(error))[0]
+        raise WeightsError(f"{path}: no ECGFounder weights, as tensors and plain data, can be read "
+                           f"({said or type(error).__name__}); train them again, save a state_dict "
+                           "alone, or run `python model.py --download`") from None
+    return {**checkpoint, "state_dict": state}
 
 
 def load_state(model, state, path, head=True):
     """Load the state_dict `state`, read from `path`; without `head` all but the classifier. The
-    file's BatchNorm tensors, which the network never applies, are left out. Any other difference,
-    or a value that is not finite, raises WeightsError, before anything is loaded."""
+    file's BatchNorm tensors, which the network never applies, are left out. Raises WeightsError for
+    any other difference, and for a value that is not finite."""
     skipped = UNUSED if head else rf"{UNUSED}|^dense\."
-    wanted, there = ({key: tuple(value.shape) for key, value in tensors.items()
-                      if not re.search(skipped, key)} for tensors in (model.state_dict(), state))
-    wrong = [f"{key} is {there.get(key, 'missing')}, wanted {wanted.get(key, 'no such key')}"
-             for key in {**wanted, **there} if wanted.get(key) != there.get(key)]
-    wrong = wrong or [f"{key} is not finite" for key in there if not state[key].isfinite().all()]
-    if wrong:
-        raise WeightsError(f"{path}: {wrong[0]} ({len(wrong)} in all do not fit ECGFounder's "
-                           f"network with {model.first_conv.conv.in_channels} leads)")
-    model.load_state_dict({key: state[key] for key in wanted}, strict=head)
+    state = {key: value for key, value in state.items() if not re.search(skipped, key)}
+    kept = {} if head else model.dense.state_dict(prefix="dense.")
+    try:
+        model.load_state_dict({**state, **kept})
+    except RuntimeError as error:
+        raise WeightsError(f"{path}: {' '.join(str(error).split())[:400]}") from None
+    bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
+    if bad:
+        raise WeightsError(f"{path}: {bad[0]} is not finite")
 
 
 def load_pretrained(model, path, leads=LEADS):
@@ -216,52 +192,42 @@ def load_pretrained(model, path, leads=LEADS):
     all of `model` but its classifier; returns how many of the file's leads were left out.
 
     leads: the names of the model's. The file's others are dropped, which is the same as feeding
-    zeros for them; a file that names none has all twelve, I alone, or these. Raises WeightsError
-    for what does not fit."""
+    zeros for them; a file that names none has all twelve, I alone, or these."""
     checkpoint = read_checkpoint(path)
-    state = dict(checkpoint["state_dict"])
-    stem = state.get(STEM, torch.zeros(0))
-    if stem.dim() == 3:     # (64, leads, 16); anything else is refused below
-        there = checkpoint.get("leads") or {12: LEADS, 1: LEADS[:1]}.get(stem.shape[1], leads)
-        if len(there) != stem.shape[1] or not {*leads} <= {*there}:
-            raise WeightsError(f"{path}: has the leads {', '.join(there)}; wanted "
-                               f"{', '.join(leads)}: give other --leads")
-        state[STEM] = stem[:, [there.index(lead) for lead in leads]]
+    state, n = checkpoint["state_dict"], checkpoint["state_dict"][STEM].shape[1]
+    there = checkpoint.get("leads") or {12: LEADS, 1: LEADS[:1]}.get(n, leads)
+    if len(there) != n or not {*leads} <= {*there}:
+        raise WeightsError(f"{path}: has the leads {', '.join(there)}; wanted {', '.join(leads)}: "
+                           "give other --leads")
+    state[STEM] = state[STEM][:, [there.index(lead) for lead in leads]]
     load_state(model, state, path, head=False)
-    return stem.shape[1] - len(leads)
+    return n - len(leads)
 
 
 def verify(path):
-    """Load a checkpoint whole, and compare the official one's logits -> lines to print."""
+    """Load a checkpoint whole, and compare the official one's logits -> a line to print."""
     state = read_checkpoint(path)["state_dict"]
-    stem, bias = (state.get(key, torch.zeros(0)) for key in (STEM, "dense.bias"))
-    leads, n_classes = stem.shape[1] if stem.dim() == 3 else 12, bias.numel()
+    leads, n_classes = state[STEM].shape[1], state.get("dense.bias", torch.zeros(0)).numel()
     model = ecgfounder(n_classes or 1, leads).eval()
-    load_state(model, state, path, n_classes > 0)
-    n = sum(not re.search(UNUSED, key) for key in state)
+    load_state(model, state, path, head=n_classes > 0)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    lines = [f"{path}: {n} tensors loaded, {len(state) - n} unused BatchNorm tensors left out; "
-             f"{leads} leads, {n_classes or 'no'} classes", f"sha256 {digest}"]
+    found = f"{path}: {leads} leads, {n_classes or 'no'} classes, sha256 {digest}"
     if digest != OFFICIAL_SHA256:
-        return [*lines, "not the known 12-lead release, so its logits were not compared"]
-    with torch.no_grad():
-        logits = model(torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000))[0, :10]
+        return f"{found}: not the known 12-lead release, so no logits were compared"
+    logits = model(torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000))[0, :10]
     if not torch.allclose(logits, torch.tensor(OFFICIAL_LOGITS), rtol=1e-4, atol=0):
-        raise WeightsError(f"{path}: the file is the known release, but its logits "
-                           f"{logits.tolist()} are not the published ones: this installation of "
-                           "PyTorch computes the network wrongly; try another version")
-    return [*lines, "the known 12-lead release; logits equal the published ones (rtol 1e-4)"]
+        raise WeightsError(f"{path}: its logits are not the published ones; try another PyTorch")
+    return f"{found}: the known 12-lead release; logits equal the published ones"
 
 
 def download(path, digest):
     """Fetch a release to `path`: complete and, where it is known, with this hash, or not at all."""
     url = OFFICIAL_URL + Path(path).name
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(exist_ok=True)
     try:
-        torch.hub.download_url_to_file(url, path, hash_prefix=digest)
-    except (OSError, ValueError, HTTPException, RuntimeError) as error:     # the last: the hash
-        raise WeightsError(f"{url}: cannot be fetched ({error}); run the same command again, or "
-                           f"fetch it by hand to {path}") from None
+        torch.hub.download_url_to_file(url, path, digest)
+    except (OSError, RuntimeError) as error:    # RuntimeError: of the hash
+        raise WeightsError(f"{url}: {error}; try again, or fetch it by hand to {path}") from None
 
 
 def main(argv=None):
@@ -275,11 +241,9 @@ def main(argv=None):
     try:
         if args.download:
             download(path, digest)
-        print("\n".join(verify(args.weights or path)))
+        print(verify(args.weights or path))
     except (WeightsError, OSError) as error:
         parser.exit(2, f"model.py: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "model.py: interrupted; no file is half-written\n")
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ CELLS = [       # (table, column, bad values, what else the line names)
 SPOILED = [     # (command, what the line names, what spoils)
     (OWN, f"{TABLE}, 'record'", changed(TABLE, lambda old: old.replace(b"record", b"path", 1))),
     (READ, f"{RECORD}, mmhg, mV", changed(HEA, lambda old: old.replace(b"/mV", b"/mmHg"))),
-    (START, f"{WEIGHTS}, {STEM} is (3,)", resaved(WEIGHTS, {STEM: torch.zeros(3)})),
+    (START, f"{WEIGHTS}, {STEM}, [3, 12, 1]", resaved(WEIGHTS, {STEM: torch.zeros(3, 12, 1)})),
+    (START, f"{WEIGHTS}, no ECGFounder", resaved(WEIGHTS, {STEM: torch.zeros(3)})),
     (VERIFY, f"{WEIGHTS}, not finite", resaved(WEIGHTS, {BIAS: torch.full((150,), torch.nan)})),
     (RESUME, f"{LAST}, records was, same", cell(DATABASE, "scp_codes", "{'IMI': 100.0}")),
     (EVALUATE, f"{BEST}, not yet a model", partial(shutil.copy, WEIGHTS, BEST)),

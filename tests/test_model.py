@@ -133,7 +133,7 @@ def test_a_bare_state_dict_and_a_file_without_a_head_load(tiny, tmp_path, bare):
     want = {**headless, **copy.deepcopy(model).dense.state_dict(prefix="dense.")}
     assert network.load_pretrained(model, path) == 0
     assert all(torch.equal(value, want[key]) for key, value in model.state_dict().items())
-    assert ("12 leads, 150 " if bare else "12 leads, no ") in network.verify(path)[0]
+    assert ("12 leads, 150 " if bare else "12 leads, no ") in network.verify(path)
 
 
 @pytest.mark.parametrize("named, asked", [(None, "I"), (["V1"], "V1")])
@@ -153,8 +153,7 @@ def test_verify_compares_the_logits_of_the_release(official, monkeypatch, capsys
     fails(network.main, ["--weights", official], "not the published ones")  # it has other weights
     monkeypatch.setattr(network, "OFFICIAL_LOGITS", tuple(golden["model_logits"]["logits_first10"]))
     network.main(["--weights", str(official)])
-    said = "204 tensors .* 305 unused .* 12 leads, 150 classes.* equal the published ones"
-    assert re.search(said, capsys.readouterr().out, re.DOTALL)
+    assert capsys.readouterr().out.endswith("logits equal the published ones\n")
 
 
 def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch, fails):
@@ -165,7 +164,7 @@ def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch, fails):
     fails(network.main, ["--download"], path.name, "invalid hash")
     assert not any((tmp_path / "checkpoints").iterdir())
     monkeypatch.setattr(network, "OFFICIAL_SHA256", hashlib.sha256(b"weights").hexdigest())
-    monkeypatch.setattr(network, "verify", lambda path: [])
+    monkeypatch.setattr(network, "verify", lambda path: "")
     network.main(["--download"])
     assert (tmp_path / network.OFFICIAL).read_bytes() == b"weights"
 

@@ -53,12 +53,13 @@ MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
 LEAD_OF = {lead.lower(): lead for lead in LEADS} | {
     "di": "I", "d1": "I", "dii": "II", "d2": "II", "diii": "III", "d3": "III"}
 DERIVED = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I, II
-LINES = {   # of a WFDB header: the form of each kind, in groups what is used of it
-    "record": r"[-\w]+(/\d+)?\s+\d+\s+(\d+\.?\d*)(?:/\S+)?\s+(\d+)(?:\s.*)?",
-    "segment": r"([-\w]*~?)\s+(\d+)(?:\s.*)?",
-    "signal": r"(~?[-\w]*(?:\.\w*)?)\s+\d+(?:x(\d+))?(:\d+)?(?:\+\d+)?"     # file, format
-              r"(?:\s+-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?:\(-?\d+\))?(?:/(\S*))?"   # gain, unit
-              r"(?:\s+-?\d+){0,3}(?:\s+(-?\d+))?(?:\s+-?\d+)?(?:\s+(.*))?)?"}   # checksum, name
+LINES = {   # of a WFDB header: the parts of each kind, in groups what is used of them
+    "record": {"name": r"[-\w]+(/\d+)?", "number of signals": r"\d+",
+               "rate": r"(\d+\.?\d*)(?:/\S+)?", "number of samples": r"(\d+)"},
+    "segment": {"name": r"([-\w]*~?)", "length": r"(\d+)"},
+    "signal": {"file": r"(~?[-\w]*(?:\.\w*)?)", "format": r"\d+(?:x(\d+))?(:\d+)?(?:\+\d+)?",
+               "gain": r"(?:-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?:\(-?\d+\))?(?:/(\S*))?)?",
+               "checksum and name": r"(?:-?\d+\b\s*){0,3}(?:(-?\d+)\b\s*)?(?:-?\d+\b\s*)?(.*)"}}
 URL = ("https://physionet.org/static/published-projects/ptb-xl/"
        "ptb-xl-a-large-publicly-available-electrocardiography-dataset-1.0.3.zip")
 
@@ -151,7 +152,8 @@ def read_csv(path, needed):
             raise InputError(f"has {len(rows)} rows (of other lengths: {ragged[:5]}), the columns "
                              f"{', '.join(names)[:200]}; wanted {needed}, and none twice")
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: {error}; wanted a UTF-8 csv, or data.py --download") from None
+        raise InputError(f"{path}: {error}; wanted a UTF-8 csv, as by `python data.py --download "
+                         "--data FOLDER`, or --task another table of your own") from None
     return dict(columns)
 
 
@@ -229,31 +231,36 @@ Header = namedtuple("Header", "frame_rate frames signals segments")     # signal
 Channel = namedtuple("Channel", "place per_frame unit checksum")
 
 
-def read_line(path, kind, line):
+def read_line(path, number, line, kind):
     """What is used of a header's line. Raises InputError for one that wfdb cannot read right."""
-    match = re.fullmatch(LINES[kind], line)
-    if not match:
-        raise InputError(f"{path}.hea: {line[:80]!r} is no {kind} line of WFDB's")
-    return match.groups("")
+    used = []
+    for part, form in LINES[kind].items():
+        match = re.match(rf"{form}(?:\s+|$)", line)
+        if not match:
+            raise InputError(f"{path}.hea: line {number}: {line[:40]!r} begins with no {part}")
+        used += match.groups("")
+        line = line[match.end():]
+    return used
 
 
 def read_header(path):
     """The Header of a WFDB record. Raises InputError for one that cannot be read."""
     text = Path(f"{path}.hea").read_bytes().decode("utf-8-sig", "surrogateescape")
-    lines = [line for line in map(str.strip, text.split("\n")) if line and line[0] != "#"] or [""]
-    several, rate, length = read_line(path, "record", lines[0])
+    lines = [(path, number, line) for number, line in enumerate(map(str.strip, text.split("\n")), 1)
+             if line and line[0] != "#"] or [(path, 1, "")]
+    several, rate, length = read_line(*lines[0], "record")
     if not float(rate) or not int(length):
-        raise InputError(f"{path}.hea: {lines[0]!r} means 0 samples, or 0 a second")
+        raise InputError(f"{path}.hea: line {lines[0][1]}: has 0 samples, or 0 a second")
     signals, segments = {}, []
     for i, line in enumerate(lines[1:]):
         if several:
-            name, frames = read_line(path, "segment", line)
+            name, frames = read_line(*line, "segment")
             part, gap = Path(path).with_name(name), name == "~" or not int(frames)
             header = Header(0, 0, {}, []) if gap else read_header(part)
             segments.append((part, header, int(frames)))
             signals = {**header.signals, **signals}
             continue
-        file, per_frame, skew, unit, checksum, name = read_line(path, "signal", line)
+        file, per_frame, skew, unit, checksum, name = read_line(*line, "signal")
         mat = Path(path).with_name(file)
         if mat.suffix == ".mat" and b"MATLAB " in np.fromfile(mat, "S7", 1):
             raise InputError(f"{file} is of MATLAB 5 or later; wanted savemat(..., format='4')")
@@ -399,7 +406,10 @@ def what_lacks(signal, fs, leads):
 
 
 # -------------------------------------------------------------------------------------------- cache
-NOTES = "unreadable", "lacking", "derived"      # of records; see load_windows, build_cache
+NOTES = {   # what is noted of records in the .json beside a cache, and said
+    "unreadable": "cannot be used and are left out",
+    "lacking": "lack more than a tenth of their samples, or whole leads",
+    "derived": "have leads that were derived from I and II"}
 
 
 def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unreadable=False,
@@ -427,7 +437,7 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
         raise InputError(f"{next(iter(unreadable.values()))}; {about} lists all {len(unreadable)}: "
                          f"mend them and delete {path}, or leave them out with --skip-unreadable")
     for key in filter(notes.get, NOTES):
-        print(f"{len(notes[key]):,} of {len(records):,} records are listed as {key} in {about}")
+        print(f"{len(notes[key]):,} of {len(records):,} records {NOTES[key]}, see {about}")
     return path, notes
 
 

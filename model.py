@@ -127,7 +127,11 @@ class ECGFounder(nn.Module):
         self.dense = nn.Linear(channels, n_classes)
 
     def forward_features(self, x):
-        """Signals (B, in_channels, T) -> pooled features (B, 1024)."""
+        """Signals (B, in_channels, T >= 32) -> pooled features (B, 1024)."""
+        leads = self.first_conv.conv.in_channels
+        if x.dim() != 3 or x.shape[1] != leads or x.shape[2] < 32:
+            raise ValueError(f"input of shape {tuple(x.shape)}; wanted (batch, {leads} leads, at "
+                             "least 32 samples)")
         x = F.silu(self.first_conv(x))              # (B, 64, T / 2)
         for level in self.stage_list:
             x = level.block_list(x)                 # (B, C, T / 4) ... (B, 1024, T / 256)
@@ -158,7 +162,8 @@ def read_checkpoint(path):
             warnings.simplefilter("ignore")     # what torch warns of here, it also refuses
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         parts = [checkpoint.get("state_dict"), checkpoint, *checkpoint.values()]
-        state = next(part for part in parts if isinstance(part, dict) and STEM in str([*part]))
+        state = next(part for part in parts if isinstance(part, dict)
+                     and any(str(key).endswith(STEM) for key in part))
         (prefix,) = {key.removesuffix(STEM) for key, value in state.items()
                      if key.endswith(STEM) and value.dim() == 3}
         state = {key.removeprefix(prefix): value.detach() for key, value in state.items()

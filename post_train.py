@@ -454,6 +454,9 @@ def check(args):
         raise InputError(f"--{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, see --help")
     if Path(args.out, "metrics.jsonl").exists() and not args.resume:
         raise InputError(f"{args.out}: holds a run; give --resume to continue it, or another --out")
+    if args.weights != "none" and not Path(args.weights).exists() and not args.resume:
+        raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the "
+                         "official weights, --weights none starts from scratch")
 
 
 def post_train(args):

@@ -123,13 +123,13 @@ def test_limb_leads_follow_from_two(ecg, tmp_path):
     (lambda path, d: write(path, d, ["ECG", "MLII", *LEADS[2:]]), ["no lead I", "MLII", "rename"]),
     (lambda path, d: write(path, d, [*LEADS[:3], "-aVR", *LEADS[4:6], "Lead -V1", *LEADS[7:]]),
      ["no lead V1 ", "-aVR, ", "Lead -V1"]),
-    (lambda path, d: write(path, d, first="{} {} 0 {}"), ["r 12 0 5000", "0 a second"]),
+    (lambda path, d: write(path, d, first="{} {} 0 {}"), ["line 1", "0 a second"]),
     (lambda path, d: write_segments(path, np.roll(d, 1, 0), "1/mV", "1/Pa"), ["pa", "one rate"]),
     (lambda path, d: write(path, d, first="{} {} 500 {} 10:00:00 29/13/2001"), ["29/13/2001"]),
-    (lambda path, d: write(path, d, first="{}.mat {} 500 {}"), ["r.mat 12", "record line"]),
-    (lambda path, d: write(path, d, first="{} {} 500 0"), ["r 12 500 0", "0 samples"]),
-    (lambda path, d: write(path, d, first="{} {} 500"), ["r 12 500", "record line"]),
-    (lambda path, d: write(path, d, gain="1.0E3(0)/mV"), ["1.0E3", "signal line"]),
+    (lambda path, d: write(path, d, first="{}.mat {} 500 {}"), ["line 1", "name", ".mat"]),
+    (lambda path, d: write(path, d, first="{} {} 500 0"), ["line 1", "0 samples"]),
+    (lambda path, d: write(path, d, first="{} {} 500"), ["line 1", "number of samples"]),
+    (lambda path, d: write(path, d, gain="1.0E3(0)/mV"), ["line 2", "gain", "1.0E3"]),
     (lambda path, d: np.roll(d, 1, 1).tofile(f"{write(path, d)}.dat"), ["lead I", "checksum"])])
 def test_refused(ecg, tmp_path, make, words):
     make(tmp_path / "r", ecg)
@@ -189,7 +189,7 @@ def test_the_cache_lists_what_it_cannot_use(folder, ecg, capsys):
     path, notes = data.build_cache("ecg", [*EMPTY], workers=1, skip_unreadable=True)
     assert [*notes["unreadable"]] == ["flat", "missing", "thin"]
     assert notes["lacking"] == {"paper": "75 % of its samples", "loose": "V5, V6"}
-    assert "2 of 7 records are listed as lacking" in capsys.readouterr().out
+    assert "2 of 7 records lack more than a tenth" in capsys.readouterr().out
     x, want = np.load(path), data.preprocess(np.float32(ecg / 1000), 500).astype(np.float16)
     assert not x[:3].any() and x[3].tolist() == x[6].tolist() == want.tolist()
     with pytest.raises(data.InputError, match="flat.*all 3.*--skip-unreadable"):

@@ -38,13 +38,9 @@ Scores = namedtuple("Scores", "point slopes factor")
 
 # ------------------------------------------------------------------------------------------- metric
 def auroc_auprc(y_true, y_prob):
-    """Area under the ROC curve and average precision of each class, as scikit-learn's: y_true
-    (N, L) of 0 and 1, y_prob (N, L) -> (2, L), NaN where a class has no positive or no negative."""
-    return areas_and_slopes(y_true, y_prob)[0]
-
-
-def areas_and_slopes(y_true, y_prob):
-    """`class_areas` of every class: (N, L), (N, L) -> (2, L), (2, N, L)."""
+    """Area under the ROC curve and average precision of each class, as scikit-learn's, and their
+    slopes (see `class_areas`): y_true (N, L) of 0 and 1, y_prob (N, L) -> (2, L), (2, N, L), NaN
+    where a class has no positive or no negative."""
     y, prob = np.asarray(y_true, bool), np.asarray(y_prob, np.float64)
     areas, slopes = np.full((2, y.shape[1]), np.nan), np.full((2, *y.shape), np.nan)
     for c in np.flatnonzero(y.any(0) & ~y.all(0)):
@@ -104,7 +100,7 @@ def score(p):
         np.add.at(sums, patient, values)
         return sums
 
-    areas, slopes = areas_and_slopes(y, p["y_prob"])
+    areas, slopes = auroc_auprc(y, p["y_prob"])
     n = np.minimum(*((of_patients(kind) > 0).sum(0) for kind in (y, ~y)))
     n = n[n > 0]
     factor = (1 / n).sum() / max(((n - 1) / n**2).sum(), 1e-12)     # huge if all n are 1
@@ -130,10 +126,10 @@ def interval(point, half):
 
 def best_thresholds(y_true, y_prob):
     """Each class's threshold (probabilities >= it are positive) with the best F1 =
-    2 TP / (predicted + positives): (N, L), (N, L) -> (L,), NaN without positives or negatives."""
+    2 TP / (predicted + positives): (N, L), (N, L) -> (L,), NaN with fewer than FEW positives."""
     y, prob = np.asarray(y_true, bool), np.asarray(y_prob, np.float64)
     thresholds, predicted = np.full(y.shape[1], np.nan), np.arange(1, len(y) + 1)
-    for c in np.flatnonzero(y.any(0) & ~y.all(0)):
+    for c in np.flatnonzero((y.sum(0) >= FEW) & ~y.all(0)):
         order = np.argsort(-prob[:, c], kind="stable")
         score, true = prob[order, c], np.cumsum(y[order, c])
         f1 = 2 * true / (predicted + true[-1])
@@ -143,20 +139,16 @@ def best_thresholds(y_true, y_prob):
 
 
 # ------------------------------------------------------------------------------------------ reports
-def plain(values):
-    """An array as nested lists of floats, None where undefined."""
-    return np.where(np.isnan(values), None, values).tolist()
-
-
 def report(scores, p):
-    """Scores of the predictions `p` as plain data, None where undefined."""
+    """Scores of the predictions `p` as plain data, NaN where undefined."""
     point = macro(scores.point)
-    values, ends = plain(point), plain(interval(point, half_width(scores.slopes, scores.factor)))
-    columns = zip(map(str, p["classes"]), p["y_true"].sum(0).tolist(), *plain(scores.point))
+    values = point.tolist()
+    ends = interval(point, half_width(scores.slopes, scores.factor)).tolist()
+    columns = zip(map(str, p["classes"]), p["y_true"].sum(0).tolist(), *scores.point.tolist())
     per_class = {name: {"positives": n, "auroc": a, "auprc": b} for name, n, a, b in columns}
     return {"n": len(p["y_true"]), "macro_auroc": values[0], "macro_auprc": values[1],
             "macro_auroc_ci": ends[0], "macro_auprc_ci": ends[1], "per_class": per_class,
-            "undefined": [name for name, of in per_class.items() if of["auroc"] is None]}
+            "undefined": [name for name, of in per_class.items() if np.isnan(of["auroc"])]}
 
 
 def difference(a, b, classes, top=5):
@@ -164,51 +156,48 @@ def difference(a, b, classes, top=5):
     paired intervals, the gain in percent of a, and the `top` classes that differ most."""
     base, diff = macro(a.point), macro(b.point) - macro(a.point)
     half = half_width(b.slopes - a.slopes, a.factor)
-    ends = plain(np.stack([diff - half, diff + half], 1))
-    gain = plain(100 * diff / np.where(base > 0, base, np.nan))
+    ends = np.stack([diff - half, diff + half], 1).tolist()
+    gain = (100 * diff / np.where(base > 0, base, np.nan)).tolist()
     auroc, auprc = b.point - a.point
     order = np.argsort(-np.maximum(abs(auroc), abs(auprc)), kind="stable")  # NaNs come last
-    return {"macro_auroc_diff": plain(diff[0]), "macro_auroc_diff_ci": ends[0],
-            "macro_auroc_gain_percent": gain[0], "macro_auprc_diff": plain(diff[1]),
+    return {"macro_auroc_diff": diff[0].item(), "macro_auroc_diff_ci": ends[0],
+            "macro_auroc_gain_percent": gain[0], "macro_auprc_diff": diff[1].item(),
             "macro_auprc_diff_ci": ends[1], "macro_auprc_gain_percent": gain[1],
             "classes": {classes[i]: {"auroc_diff": auroc[i], "auprc_diff": auprc[i]}
                         for i in order[:top] if not np.isnan(auroc[i])}}
 
 
-def digits(value):
-    return "     -" if value is None else f"{value:6.4f}"
-
-
 def macro_line(name, result):
-    values = (result["macro_auroc"], *result["macro_auroc_ci"],
-              result["macro_auprc"], *result["macro_auprc_ci"])
-    text = "macro AUROC {} ({} to {}), AUPRC {} ({} to {})".format(*map(digits, values))
+    text = "macro AUROC {:.4f} ({:.4f} to {:.4f}), AUPRC {:.4f} ({:.4f} to {:.4f})".format(
+        result["macro_auroc"], *result["macro_auroc_ci"],
+        result["macro_auprc"], *result["macro_auprc_ci"])
     few = f" ({len(result['undefined'])} classes undefined)" * bool(result["undefined"])
     return f"{name}: {result['n']:,} records, {text}{few}"
 
 
 def class_lines(result):
     width = max(map(len, [*result["per_class"], "class"]))
-    lines = [f"{name:{width}} {s['positives']:9,} {digits(s['auroc'])} {digits(s['auprc'])}"
+    lines = [f"{name:{width}} {s['positives']:9,} {s['auroc']:6.4f} {s['auprc']:6.4f}"
              for name, s in result["per_class"].items()]
     return [f"{'class':{width}} positives  AUROC  AUPRC", *lines]
 
 
 def difference_lines(pair):
-    auroc = (pair["macro_auroc_diff"], *pair["macro_auroc_diff_ci"],
-             pair["macro_auroc_gain_percent"])
-    auprc = (pair["macro_auprc_diff"], *pair["macro_auprc_diff_ci"],
-             pair["macro_auprc_gain_percent"])
-    lines = ["  {} {:+.4f} ({:+.4f} to {:+.4f}), {:+.1f} %".format(name, *values)
-             for name, values in (("AUROC", auroc), ("AUPRC", auprc)) if None not in values]
+    text = "  {} {:+.4f} ({:+.4f} to {:+.4f}), {:+.1f} %"
     most = [f"{name} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}"
             for name, d in pair["classes"].items()]
-    return [f"{pair['b']} - {pair['a']}", *lines, f"  largest (AUROC, AUPRC): {', '.join(most)}"]
+    return [f"{pair['b']} - {pair['a']}",
+            text.format("AUROC", pair["macro_auroc_diff"], *pair["macro_auroc_diff_ci"],
+                        pair["macro_auroc_gain_percent"]),
+            text.format("AUPRC", pair["macro_auprc_diff"], *pair["macro_auprc_diff_ci"],
+                        pair["macro_auprc_gain_percent"]),
+            f"  largest (AUROC, AUPRC): {', '.join(most)}"]
 
 
 def write_json(path, value):
+    value = json.loads(json.dumps(value), parse_constant=lambda nan: None)     # NaN becomes null
     with data.whole_file(path) as f:
-        f.write((json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+        f.write((json.dumps(value, indent=1) + "\n").encode())
 
 
 # -------------------------------------------------------------------------------------- predictions
@@ -248,11 +237,10 @@ def pick_device(name):
 def load_model(path, device="cpu"):
     """A checkpoint of post_train.py -> (its dict, its network in eval mode)."""
     checkpoint = network.read_checkpoint(path)
-    lists = [checkpoint.get(key) for key in ("classes", "leads")]
-    if not all(isinstance(names, list) and {*map(type, names)} == {str} for names in lists):
-        raise InputError(f"{path}: names no classes and leads; wanted a checkpoint of post_train.py"
-                         " (the official weights are not yet a model of a task)")
-    model = network.ecgfounder(*map(len, lists))
+    if "classes" not in checkpoint:
+        raise InputError(f"{path}: names no classes; wanted a checkpoint of post_train.py, as the "
+                         "official weights are not yet a model of a task")
+    model = network.ecgfounder(len(checkpoint["classes"]), len(checkpoint["leads"]))
     network.load_state(model, checkpoint["state_dict"], path)
     return checkpoint, model.to(device).eval()
 
@@ -317,13 +305,11 @@ def load_predictions(path):
             n = len(z["y_true"])
             p = {"ecg_id": np.full(n, -1), "patient_id": np.full(n, -1), **z}
         p |= {"classes": p["classes"].astype(str), "y_prob": p["y_prob"].astype(float)}
-        shapes, table = {key: p[key].shape for key in p}, (n, len({*p["classes"].tolist()}))
-        wanted = {"y_true": table, "y_prob": table, "ecg_id": (n,), "patient_id": (n,)}
+        shapes = [p[key].shape for key in ("y_true", "y_prob", "ecg_id", "patient_id")]
+        table = n, len({*p["classes"].tolist()})
         good = np.isin(p["y_true"], (0, 1)).all() and (abs(p["y_prob"] - 0.5) <= 0.5).all()
-        if not (n and good and wanted.items() <= shapes.items()):
-            raise ValueError(f"labels, probabilities or shapes are wrong: {shapes}")
-    except FileNotFoundError:
-        raise
+        if not (n and good and shapes == [table, table, (n,), (n,)]):
+            raise ValueError(f"shapes {shapes}")
     except Exception as error:  # NumPy and zipfile raise many types; object arrays are refused here
         raise InputError(f"{path}: cannot be read as predictions ({error}); wanted y_true (N, L) "
                          "of 0 and 1, y_prob (N, L) from 0 to 1, classes (L,), each once") from None
@@ -406,8 +392,7 @@ def record_lines(classes, limits, prob, top=5):
     for rank, i in enumerate(np.argsort(-prob, kind="stable")):
         above = "  above" * bool(prob[i] >= limits[i])
         if rank < top or above:
-            limit = digits(plain(limits[i]))
-            lines.append(f"{classes[i]:{width}}  {prob[i]:11.4f}  {limit:>9}{above}")
+            lines.append(f"{classes[i]:{width}}  {prob[i]:11.4f}  {limits[i]:9.4f}{above}")
     return lines
 
 
@@ -426,7 +411,7 @@ def plot_record(record, leads, caption, path):
     squares of 0.04 s and 0.1 mV, to an image file."""
     from matplotlib.figure import Figure
     signal, fs = data.read_record(record, leads, seconds=10)
-    signal = np.stack([data.fill_gaps(lead) for lead in signal[:, :int(10 * fs)].astype(float)])
+    signal = np.stack([data.fill_gaps(lead) for lead in signal.astype(float)])
     signal -= np.median(signal, axis=1, keepdims=True)
     # 2 mV of paper for each lead, more where its waves are large (up to 8, for wrong units).
     room = np.clip(np.abs(signal).max(1), 1, 4).round(1)
@@ -476,10 +461,7 @@ def run_records(args, device):
         raise InputError(f"--plot draws one record, {len(records)} were given")
     checkpoint, model = load_model(path, device)
     classes = checkpoint["classes"]
-    # No thresholds that are unknown or rest on few positives of fold 9.
-    nothing = [np.nan] * len(classes)
-    few = np.array(checkpoint.get("positives", nothing)) < FEW
-    limits = np.where(few, np.nan, checkpoint.get("thresholds", nothing))
+    limits = np.array(checkpoint.get("thresholds", [np.nan] * len(classes)))
     for record in tqdm(records, "predict", unit="record", disable=None if many else True):
         try:
             found.append((record, *predict_record(checkpoint, model, record, device)))

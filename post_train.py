@@ -316,7 +316,7 @@ def validate(forward, split, amp):
     logits, y = infer_all(forward, split, amp), split.y.cpu()
     loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logits), y).item()
     prob = evaluate.probabilities(logits) if math.isfinite(loss) else np.zeros(y.shape)
-    auroc, auprc = evaluate.macro(evaluate.auroc_auprc(y, prob)).tolist()
+    auroc, auprc = evaluate.macro(evaluate.auroc_auprc(y, prob)[0]).tolist()
     return {"val_loss": loss, "macro_auroc": auroc, "macro_auprc": auprc}
 
 
@@ -499,7 +499,6 @@ def finish(args, device, labels, signals):
     val, test = (evaluate.predict(checkpoint, model, labels.take(labels.fold == fold), signals,
                                   device) for fold in (data.VAL_FOLD, data.TEST_FOLD))
     checkpoint["thresholds"] = evaluate.best_thresholds(val["y_true"], val["y_prob"]).tolist()
-    checkpoint["positives"] = val["y_true"].sum(0).tolist()
     save_checkpoint(path, checkpoint)
     result = evaluate.report(evaluate.score(test), test)
     evaluate.write_json(Path(args.out, "test.json"), result)

@@ -68,7 +68,6 @@ class InputError(ValueError):
     """Unusable input; the message says what was found, what was wanted and what to do."""
 
 
-# ------------------------------------------------------------------------------------------- labels
 class Labels(NamedTuple):
     """Records and their labels; patients that are unknown have a negative number each."""
     ecg_id: np.ndarray      # (N,) int64, or str where they are not whole numbers
@@ -152,8 +151,7 @@ def read_csv(path, needed):
             raise InputError(f"has {len(rows)} rows (of other lengths: {ragged[:5]}), the columns "
                              f"{', '.join(names)[:200]}; wanted {needed}, and none twice")
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: {error}; wanted a UTF-8 csv, as by `python data.py --download "
-                         "--data FOLDER`, or --task another table of your own") from None
+        raise InputError(f"{path}: {error}; see --task, or data.py --download") from None
     return dict(columns)
 
 
@@ -208,7 +206,6 @@ def subset(index, frac, seed):
     return np.sort(order[:max(1, int(frac * len(order) + 0.5))])
 
 
-# ------------------------------------------------------------------------------------------ records
 def parse_leads(text):
     """"v1,II" -> ("II", "V1"), in the order of LEADS."""
     asked = [name.strip().lower() for name in text.split(",")]
@@ -225,8 +222,8 @@ def lead_called(name):
     return LEAD_OF.get(re.sub(r"[ _](?=\d$)", "", short), name.strip())
 
 
-# segments, if it is in several: [(path, Header, frames)]; a gap's Header has no signals
-Header = namedtuple("Header", "frame_rate frames signals segments")     # signals: {lead: Channel}
+# signals: {lead: Channel}; segments: [(path, Header, frames)] of one in several, gaps included
+Header = namedtuple("Header", "frame_rate frames signals segments")
 # place: among the signals; per_frame: samples; checksum: of all its samples modulo 65536, or 0
 Channel = namedtuple("Channel", "place per_frame unit checksum")
 
@@ -405,7 +402,6 @@ def what_lacks(signal, fs, leads):
     return ", ".join(lead for lead, lives in zip(leads, alive) if not lives)
 
 
-# -------------------------------------------------------------------------------------------- cache
 NOTES = {   # what is noted of records in the .json beside a cache, and said
     "unreadable": "cannot be used and are left out",
     "lacking": "lack more than a tenth of their samples, or whole leads",
@@ -479,7 +475,6 @@ def load_records(root, task, how="filter", leads=LEADS, **options):
     return labels.take(chosen), np.load(path, mmap_mode="r")
 
 
-# ------------------------------------------------------------------------------- files and messages
 @contextmanager
 def whole_file(path):
     """A file to write bytes to, which gets the name `path` once all are written, or never."""
@@ -513,7 +508,6 @@ def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-
         sys.exit(130 if stopped else 2)
 
 
-# ------------------------------------------------------------------------------------- command line
 def download(root):
     """Fetch PTB-XL's zip, unless it lies in `root`, and unpack its tables and 500 Hz records."""
     import torch

@@ -8,8 +8,7 @@ comparison of models; prediction of single ECGs.
 
 A checkpoint of post_train.py holds all that is needed: network, task, classes, leads,
 preprocessing, data path. An .npz holds the predictions of any model: y_true and y_prob (N, L),
-classes (L,), optionally ecg_id and patient_id (N,). Predictions are made in float32 (on a GPU with
-PyTorch's defaults: TF32 convolutions where it has them). Needs data.py and model.py beside it.
+classes (L,), optionally ecg_id and patient_id (N,). Needs data.py and model.py beside it.
 """
 import argparse
 import csv
@@ -31,12 +30,10 @@ import model as network
 from data import InputError
 
 FEW = 10            # fewer positives on fold 9 give no threshold
-# point (2, L): AUROC and AUPRC of each class; slopes (2, patients), of the macro scores; factor:
-# from the sum of their squares to the variance
+# point (2, L): of each class; slopes (2, patients): of the macro scores; factor: see `score`
 Scores = namedtuple("Scores", "point slopes factor")
 
 
-# ------------------------------------------------------------------------------------------- metric
 def auroc_auprc(y_true, y_prob):
     """Area under the ROC curve and average precision of each class, as scikit-learn's, and their
     slopes (see `class_areas`): y_true (N, L) of 0 and 1, y_prob (N, L) -> (2, L), (2, N, L), NaN
@@ -138,7 +135,6 @@ def best_thresholds(y_true, y_prob):
     return thresholds
 
 
-# ------------------------------------------------------------------------------------------ reports
 def report(scores, p):
     """Scores of the predictions `p` as plain data, NaN where undefined."""
     point = macro(scores.point)
@@ -175,13 +171,6 @@ def macro_line(name, result):
     return f"{name}: {result['n']:,} records, {text}{few}"
 
 
-def class_lines(result):
-    width = max(map(len, [*result["per_class"], "class"]))
-    lines = [f"{name:{width}} {s['positives']:9,} {s['auroc']:6.4f} {s['auprc']:6.4f}"
-             for name, s in result["per_class"].items()]
-    return [f"{'class':{width}} positives  AUROC  AUPRC", *lines]
-
-
 def difference_lines(pair):
     text = "  {} {:+.4f} ({:+.4f} to {:+.4f}), {:+.1f} %"
     most = [f"{name} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}"
@@ -200,7 +189,6 @@ def write_json(path, value):
         f.write((json.dumps(value, indent=1) + "\n").encode())
 
 
-# -------------------------------------------------------------------------------------- predictions
 def take(x, rows, device):
     """x[rows] in float32 on the device, without waiting for it; x: an array or a tensor there."""
     if isinstance(x, torch.Tensor):
@@ -213,8 +201,7 @@ def infer(forward, x, rows, device, amp=None):
     autocast, or None for float32."""
     device = torch.device(device)
     size = 256 if device.type == "cuda" else 64
-    autocast = torch.autocast(device.type, amp, enabled=amp is not None)
-    with torch.inference_mode(), autocast:
+    with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
         starts = range(0, max(1, len(rows)), size)
         parts = [forward(take(x, rows[i:i + size], device)) for i in starts]
         return torch.cat(parts).float().cpu().numpy()
@@ -238,8 +225,7 @@ def load_model(path, device="cpu"):
     """A checkpoint of post_train.py -> (its dict, its network in eval mode)."""
     checkpoint = network.read_checkpoint(path)
     if "classes" not in checkpoint:
-        raise InputError(f"{path}: names no classes; wanted a checkpoint of post_train.py, as the "
-                         "official weights are not yet a model of a task")
+        raise InputError(f"{path}: names no classes, so it is not yet a model; see post_train.py")
     model = network.ecgfounder(len(checkpoint["classes"]), len(checkpoint["leads"]))
     network.load_state(model, checkpoint["state_dict"], path)
     return checkpoint, model.to(device).eval()
@@ -271,8 +257,7 @@ def predictions_of(path, args, device):
     folds = args.fold or [str(data.TEST_FOLD)]
     labels = labels.take(np.isin(labels.fold.astype(str), folds) | ("all" in folds))
     if not len(labels.row):
-        raise InputError(f"{root}: holds no record of {task} in fold {', '.join(folds)}; see "
-                         "--fold, --task and --data")
+        raise InputError(f"{root}: has no record of {task} in fold {', '.join(folds)}; see --fold")
     p = predict(checkpoint, model, labels, signals, device)
     if not args.features:
         del p["features"]
@@ -289,8 +274,7 @@ def shared_classes(names, lists):
     """The classes that all lists have, in the order of the first; prints those left out."""
     shared = [c for c in lists[0] if all(c in classes for classes in lists)]
     if not shared:
-        raise InputError(f"{' and '.join(names)}: no class in common; wanted the same names (the "
-                         f"first has {lists[0][0]})")
+        raise InputError(f"{' and '.join(names)}: no class in common; wanted the same names")
     for name, classes in zip(names, lists):
         if len(classes) > len(shared):
             print(f"classes left out of {name}:", *(c for c in classes if c not in shared))
@@ -318,13 +302,11 @@ def load_predictions(path):
             "patient_id": np.where(unknown, np.arange(n) - n, p["patient_id"])}
 
 
-# --------------------------------------------------------------------------------------- comparison
 def in_order(name, p, ecg_id, classes):
     """The predictions of the model `name` for these records and classes, in this order."""
     place = {value: i for i, value in enumerate(p["ecg_id"].tolist())}
     if len(place) < len(p["ecg_id"]) or place.keys() != {*ecg_id.tolist()}:
-        raise InputError(f"{name}: its {len(p['y_true'])} records are not those of the first file; "
-                         "wanted the same, each once, by ecg_id, in every file")
+        raise InputError(f"{name}: wanted the records of the first file, each once, by ecg_id")
     rows, columns = [place[value] for value in ecg_id.tolist()], p["classes"].tolist()
     at = np.ix_(rows, [columns.index(c) for c in classes])
     return {"y_true": p["y_true"][at], "y_prob": p["y_prob"][at], "classes": classes,
@@ -350,7 +332,6 @@ def compare(names, models):
                       for i, j in combinations(range(len(names)), 2)]}
 
 
-# ------------------------------------------------------------------------------------- single ECGs
 def find_records(paths):
     """WFDB records by their paths, with or without an extension, and all those in folders, but
     what a Mac leaves there, and segments of other records."""
@@ -428,25 +409,25 @@ def plot_record(record, leads, caption, path):
         axis.set_yticks(-np.arange(0, height + 0.001, 0.1 * squares), [], minor=which == "minor")
         axis.grid(which=which, color="#f0a8a8", linewidth=0.2 + 0.1 * squares)
     axis.tick_params(which="both", length=0)
-    title = f"{Path(record).name}    25 mm/s, 10 mm/mV\n{caption}"
-    title = title.encode(errors="replace").decode()     # a name may have bytes that are not UTF-8
+    name = Path(record).name.encode(errors="replace").decode()  # it may have bytes beyond UTF-8
+    title = f"{name}    25 mm/s, 10 mm/mV\n{caption}"
     figure.text(*[6, size[1] - 3] / size, title, va="top", parse_math=False)
     with data.whole_file(path) as f:
         figure.savefig(f, format=Path(path).suffix.lstrip("."), dpi=120)
 
 
-# ------------------------------------------------------------------------------------- command line
 def run(args, device):
     """Score or compare models."""
-    # .npz files come first, as they are quick to read and to check.
-    paths = sorted(args.models, key=lambda path: not path.endswith(".npz"))
-    found = {path: predictions_of(path, args, device) for path in paths}
+    found = [predictions_of(path, args, device) for path in args.models]
     if len(found) == 1:
-        p = found[args.models[0]]
-        result = report(score(p), p)
-        print(macro_line(args.models[0], result), "", *class_lines(result), sep="\n")
+        result = report(score(found[0]), found[0])
+        width = max(map(len, [*result["per_class"], "class"]))
+        print(macro_line(args.models[0], result), "",
+              f"{'class':{width}} positives  AUROC  AUPRC", sep="\n")
+        for name, of in result["per_class"].items():
+            print(f"{name:{width}} {of['positives']:9,} {of['auroc']:6.4f} {of['auprc']:6.4f}")
     else:
-        result = compare(args.models, [found[path] for path in args.models])
+        result = compare(args.models, found)
         print(*(macro_line(model["name"], model) for model in result["models"]), "",
               *(line for pair in result["pairs"] for line in difference_lines(pair)), sep="\n")
     if args.json:
@@ -480,8 +461,7 @@ def run_records(args, device):
     if many or args.out:
         out = args.out or Path(path).with_name("records.csv")
         write_table(out, classes, limits, found)
-        noted = sum(bool(notes) for *_, notes in found)
-        print(f"{out}: {len(found):,} records, {len(classes)} classes, notes on {noted:,} records")
+        print(f"{out}: {len(found):,} records, {len(classes)} classes")
     if unusable:
         raise InputError(f"{unusable[0]}; {len(unusable)} of {len(records)} records cannot be "
                          f"used, the others are in {out}")
@@ -509,10 +489,9 @@ def main(argv=None):
         for path, ends in (args.out, table), (args.json, [".json"]), (args.plot, [".png", ".pdf"]):
             if path and (Path(path).suffix not in ends or not Path(path).parent.is_dir()):
                 raise InputError(f"{path}: wanted a {' or '.join(ends)} file in an existing folder")
-        if len(args.models) > 1 and (args.out or args.record):
-            raise InputError("--out and --record go with one file; give one")
-        if args.record and args.json or args.plot and not args.record:
-            raise InputError("--plot goes with --record, --json without it")
+        ignored = (args.json or len(args.models) > 1) if args.record else args.plot
+        if ignored or args.out and len(args.models) > 1:
+            raise InputError("--out, --record: with one FILE; --plot: with --record; --json: not")
         (run_records if args.record else run)(args, pick_device(args.device))
 
 

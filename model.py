@@ -42,7 +42,6 @@ class WeightsError(ValueError):
     """An unusable checkpoint; the message says what was found, what was wanted and what to do."""
 
 
-# ------------------------------------------------------------------------------------------ network
 class SameConv1d(nn.Module):
     """1-D convolution with "SAME" padding: (B, C, T) -> (B, out_channels, ceil(T / stride)). Of p
     zeros, p // 2 go on the left. They are added explicitly: on CPUs with AMX, oneDNN computes some
@@ -128,10 +127,8 @@ class ECGFounder(nn.Module):
 
     def forward_features(self, x):
         """Signals (B, in_channels, T >= 32) -> pooled features (B, 1024)."""
-        leads = self.first_conv.conv.in_channels
-        if x.dim() != 3 or x.shape[1] != leads or x.shape[2] < 32:
-            raise ValueError(f"input of shape {tuple(x.shape)}; wanted (batch, {leads} leads, at "
-                             "least 32 samples)")
+        if x.dim() != 3 or x.shape[2] < 32:     # torch says if the leads are too many or too few
+            raise ValueError(f"shape {tuple(x.shape)}; wanted (batch, leads, samples, 32 or more)")
         x = F.silu(self.first_conv(x))              # (B, 64, T / 2)
         for level in self.stage_list:
             x = level.block_list(x)                 # (B, C, T / 4) ... (B, 1024, T / 256)
@@ -149,7 +146,6 @@ class ECGFounder(nn.Module):
 ecgfounder = ECGFounder
 
 
-# ------------------------------------------------------------------------------------------ weights
 def read_checkpoint(path):
     """Read a checkpoint -> dict with at least `state_dict`, on the CPU: the weights, whatever the
     file calls them, without a wrapper's prefix. No code in the file is ever run: besides tensors
@@ -194,10 +190,9 @@ def load_state(model, state, path, head=True):
 
 def load_pretrained(model, path, leads=LEADS):
     """Load the official .pth, a checkpoint of post_train.py for any task, or a bare state_dict into
-    all of `model` but its classifier; returns how many of the file's leads were left out.
-
-    leads: the names of the model's. The file's others are dropped, which is the same as feeding
-    zeros for them; a file that names none has all twelve, I alone, or these."""
+    all of `model` but its classifier. leads: the names of the model's. The file's others are
+    dropped, which is the same as feeding zeros for them; a file that names none has all twelve, I
+    alone, or these. Raises WeightsError for what does not fit."""
     checkpoint = read_checkpoint(path)
     state, n = checkpoint["state_dict"], checkpoint["state_dict"][STEM].shape[1]
     there = checkpoint.get("leads") or {12: LEADS, 1: LEADS[:1]}.get(n, leads)
@@ -206,7 +201,6 @@ def load_pretrained(model, path, leads=LEADS):
                            "give other --leads")
     state[STEM] = state[STEM][:, [there.index(lead) for lead in leads]]
     load_state(model, state, path, head=False)
-    return n - len(leads)
 
 
 def verify(path):

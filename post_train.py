@@ -39,7 +39,6 @@ AMP = {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}
 SHARES = (0.0, 0.25, 0.5, 0.75)     # interpolation weights: 0 is the probe, 1 the last epoch
 SAVE_EVERY = 60     # seconds between checkpoints, unless an epoch takes longer
 
-# ------------------------------------------------------------------------------------------- recipe
 SOURCES = """Sources of the values, of post and baseline if they are two: community, a third-party
 re-implementation, as the paper's own were not available; official, ECGFounder's fine-tuning recipe,
 which has no probe; ours, tuned on fold 9 or chosen untuned."""
@@ -99,7 +98,6 @@ def make_optimizer(stage, parameters):
     return torch.optim.AdamW(groups, weight_decay=stage.weight_decay, fused=True)
 
 
-# ------------------------------------------------------------------------------------ seeds, splits
 def epoch_seed(seed, stage, epoch, stream=0):
     """A separate seed for each epoch, so that a resumed run draws what an uninterrupted one draws.
     stream: 0 for the batch order, 1 + rank for a process's dropout and drop path."""
@@ -157,7 +155,6 @@ def choose_records(args, labels):
     return train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed)), val
 
 
-# ----------------------------------------------------------------------------------- the two stages
 def train(args, device, labels, signals):
     """Train both stages, or what is left of them; writes the run's files to args.out."""
     chosen = choose_records(args, labels)
@@ -226,8 +223,8 @@ def epochs(run, stage, module, train_split, val_split, amp):
         loss = train_epoch(net, optimizer, scaler, train_split, bar, rates, stage.clip, amp, step)
         scores = validate(module.eval(), val_split, amp)
         if not math.isfinite(loss + scores["val_loss"]):
-            raise InputError(f"{stage.name} epoch {epoch + 1}: the loss is not finite; try a lower "
-                             "--lr or --probe-lr, or --amp bf16 or off, with another --out")
+            raise InputError(f"{stage.name} epoch {epoch + 1}: the loss is not finite; try --amp "
+                             "off, or a lower --lr or --probe-lr")
         run.log(stage=stage.name, epoch=epoch + 1, lr=rates[0], train_loss=loss, **scores)
         yield {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
 
@@ -334,7 +331,6 @@ def interpolate(run, val_split):
             run.save("best.pt", **run.history[-1])
 
 
-# ------------------------------------------------------------------------------------ a run's files
 class Run:
     """A run in progress: its network, the lines of metrics.jsonl so far, and its checkpoints."""
 
@@ -410,7 +406,6 @@ def save_checkpoint(path, checkpoint):
         f.write(whole.getbuffer())
 
 
-# ------------------------------------------------------------------------------------- command line
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0], epilog=SOURCES)
     add = parser.add_argument
@@ -455,8 +450,7 @@ def check(args):
     if Path(args.out, "metrics.jsonl").exists() and not args.resume:
         raise InputError(f"{args.out}: holds a run; give --resume to continue it, or another --out")
     if args.weights != "none" and not Path(args.weights).exists() and not args.resume:
-        raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches the "
-                         "official weights, --weights none starts from scratch")
+        raise InputError(f"{args.weights}: no such file; `python model.py --download` fetches it")
 
 
 def post_train(args):

@@ -188,7 +188,7 @@ def test_models_side_by_side(models, evaluated, fails):
         assert pair[f"{key}_diff"] == pytest.approx(c[key] - a[key])
         assert pair[f"{key}_gain_percent"] == pytest.approx(100 * (c[key] - a[key]) / a[key])
     z = np.load("a.npz")
-    for key, array, word in (("ecg_id", z["ecg_id"] + 1, "wanted the same"),
+    for key, array, word in (("ecg_id", z["ecg_id"] + 1, "wanted the records"),
                              ("y_true", 1 - z["y_true"], "another label")):
         np.savez("o.npz", **{**z, key: array})
         fails(evaluate.main, ["a.npz", "o.npz"], "o.npz", word)

@@ -151,7 +151,7 @@ def read_csv(path, needed):
             raise InputError(f"has {len(rows)} rows (of other lengths: {ragged[:5]}), the columns "
                              f"{', '.join(names)[:200]}; wanted {needed}, and none twice")
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: {error}; see --task, or data.py --download") from None
+        raise InputError(f"{path}: {error}; see --data, --task, data.py --download") from None
     return dict(columns)
 
 

@@ -8,7 +8,7 @@ comparison of models; prediction of single ECGs.
 
 A checkpoint of post_train.py holds all that is needed: network, task, classes, leads,
 preprocessing, data path. An .npz holds the predictions of any model: y_true and y_prob (N, L),
-classes (L,), optionally ecg_id and patient_id (N,). Needs data.py and model.py beside it.
+classes (L,), patient_id and, to be compared, ecg_id (N,). Needs data.py and model.py beside it.
 """
 import argparse
 import csv
@@ -30,7 +30,7 @@ import model as network
 from data import InputError
 
 FEW = 10            # fewer positives on fold 9 give no threshold
-# point (2, L): of each class; slopes (2, patients): of the macro scores; factor: see `score`
+# point (2, L): AUROC and AUPRC of the classes; slopes (2, patients): of their means; see `score`
 Scores = namedtuple("Scores", "point slopes factor")
 
 
@@ -224,8 +224,8 @@ def pick_device(name):
 def load_model(path, device="cpu"):
     """A checkpoint of post_train.py -> (its dict, its network in eval mode)."""
     checkpoint = network.read_checkpoint(path)
-    if "classes" not in checkpoint:
-        raise InputError(f"{path}: names no classes, so it is not yet a model; see post_train.py")
+    if not {"classes", "leads", "preprocessing"} <= checkpoint.keys():
+        raise InputError(f"{path}: names no classes, leads or preprocessing: not yet a model")
     model = network.ecgfounder(len(checkpoint["classes"]), len(checkpoint["leads"]))
     network.load_state(model, checkpoint["state_dict"], path)
     return checkpoint, model.to(device).eval()
@@ -244,8 +244,7 @@ def predict(checkpoint, model, labels, signals, device):
 
 
 def predictions_of(path, args, device):
-    """What an .npz holds, or a checkpoint predicts for the records of --fold, --data and --task,
-    which is written to an .npz -> dict of arrays, see `predict`."""
+    """What an .npz holds, or a checkpoint predicts and writes to one -> dict, see `predict`."""
     if path.endswith(".npz"):
         return load_predictions(path)
     checkpoint, model = load_model(path, device)

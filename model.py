@@ -165,10 +165,10 @@ def read_checkpoint(path):
         state = {key.removeprefix(prefix): value.detach() for key, value in state.items()
                  if key.startswith(prefix)}     # a wrapper may have tensors of its own
     except Exception as error:  # torch raises almost anything for a damaged file, with bad advice
-        said = re.search(r"Unsupported global: GLOBAL \S+|$", str(error))[0]
+        said = re.search(r"Unsupported global: GLOBAL \S+|No such file|$", str(error))[0]
         raise WeightsError(f"{path}: no ECGFounder weights, as tensors and plain data, can be read "
-                           f"({said or type(error).__name__}); train them again, save a state_dict "
-                           "alone, or run `python model.py --download`") from None
+                           f"({said or type(error).__name__}); check the path, train again, save a "
+                           "state_dict, or run `python model.py --download`") from None
     return {**checkpoint, "state_dict": state}
 
 

@@ -49,7 +49,7 @@ RECIPE = {  # option: (with --strategy post, with baseline, what it is and the v
     "epochs": (30, 30, "of fine-tuning; community; ours"),
     "lr": (5e-4, 1e-4, "learning rate of fine-tuning; community; official"),
     "final_lr": (1e-5, 0.0, "where the cosine ends; community"),
-    "schedule": ("cosine", "plateau", "plateau: a tenth when AUROC stalls; community; official"),
+    "schedule": ("cosine", "plateau", "plateau: lr / 10 if 10 epochs stall; community; official"),
     "optimizer": ("adamw", "adam", "adamw: with no weight decay of vectors; community; official"),
     "weight_decay": (0.05, 1e-5, "community; official"),
     "clip": (1.0, math.inf, "largest norm of the gradient; ours; official"),
@@ -143,8 +143,9 @@ def choose_records(args, labels):
     """Labels of all records -> Labels to train on, --frac of them, Labels to validate on."""
     folds = data.TRAIN_FOLDS, data.VAL_FOLD, data.TEST_FOLD
     parts = train, val, _ = [labels.take(np.isin(labels.fold, some)) for some in folds]
-    sizes = [len(part.row) for part in parts]
-    if not all(sizes) or not (val.y.any(0) & ~val.y.all(0)).any():
+    train = train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed))
+    sizes = [len(part.row) for part in (train, *parts[1:])]
+    if min(sizes) < place()[1] or not (val.y.any(0) & ~val.y.all(0)).any():
         raise InputError(f"{args.task}: folds 1-8, 9 and 10 hold {sizes} records; wanted some, and "
                          "both labels of a class in 9: give a column `fold`, or more records")
     if data.is_own(args.task):
@@ -152,7 +153,7 @@ def choose_records(args, labels):
     parts_of = Counter(who for part in parts for who in {*part.patient_id.tolist()})
     if shared := sum(n > 1 for n in parts_of.values()):
         print(f"{shared} patients are in several of folds 1-8, 9 and 10: scores are optimistic")
-    return train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed)), val
+    return train, val
 
 
 def train(args, device, labels, signals):
@@ -224,7 +225,7 @@ def epochs(run, stage, module, train_split, val_split, amp):
         scores = validate(module.eval(), val_split, amp)
         if not math.isfinite(loss + scores["val_loss"]):
             raise InputError(f"{stage.name} epoch {epoch + 1}: the loss is not finite; try --amp "
-                             "off, or a lower --lr or --probe-lr")
+                             "off, or a lower --lr or --probe-lr, with another --out")
         run.log(stage=stage.name, epoch=epoch + 1, lr=rates[0], train_loss=loss, **scores)
         yield {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
 
@@ -442,9 +443,9 @@ def check(args):
     """Raise InputError for unusable arguments, before anything is read or written."""
     numbers = {key: value for key, value in vars(args).items() if isinstance(value, (int, float))}
     bad = [key for key, value in numbers.items() if not value >= 0]     # NaN is neither
-    bad += [key for key in ("drop_path", "dropout") if not numbers[key] < 1]
+    bad += [key for key in ("drop_path", "dropout") if numbers[key] >= 1]
     bad += ["frac"] * (not 0 < args.frac <= 1) + ["batch_size"] * (args.batch_size < place()[1])
-    bad += ["probe_epochs"] * (args.probe_epochs == args.epochs == 0)
+    bad += ["probe_epochs"] * (args.probe_epochs == args.epochs == 0) + ["clip"] * (not args.clip)
     if bad:
         raise InputError(f"--{bad[0].replace('_', '-')} is {getattr(args, bad[0])}, see --help")
     if Path(args.out, "metrics.jsonl").exists() and not args.resume:
@@ -502,7 +503,7 @@ def finish(args, device, labels, signals):
 def main(argv=None):
     try:
         with data.errors_in_one_line("post_train.py", network.WeightsError, torch.OutOfMemoryError,
-                                     interrupted="stopped; --resume goes on from last.pt"):
+                                     interrupted="stopped; --resume goes on from last.pt, if any"):
             post_train(parse(argv))
     except SystemExit as stop:
         if dist.is_initialized():   # leaving the group would wait for the other processes

@@ -385,7 +385,8 @@ def load_windows(path, how="filter", leads=LEADS):
         if not any_signal:
             raise InputError("its leads are missing or flat")
     except Exception as error:  # wfdb raises almost anything for a malformed header or short file
-        why = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        why = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        why = why.replace("ValueError: time data", "line 1 of the .hea: the date or time")
         raise InputError(" ".join(f"{path}: cannot be used: {why}".split())) from None
 
 

@@ -332,8 +332,7 @@ def compare(names, models):
 
 
 def find_records(paths):
-    """WFDB records by their paths, with or without an extension, and all those in folders, but
-    what a Mac leaves there, and segments of other records."""
+    """WFDB records by their paths, and all in folders but a Mac's leftovers and others' segments."""
     files = []
     for path in paths:
         inside = sorted(glob.glob("**/*.hea", root_dir=path, recursive=True))

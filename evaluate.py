@@ -332,7 +332,7 @@ def compare(names, models):
 
 
 def find_records(paths):
-    """WFDB records by their paths, and all in folders but a Mac's leftovers and others' segments."""
+    """WFDB records by their paths, all in folders but a Mac's leftovers and others' segments."""
     files = []
     for path in paths:
         inside = sorted(glob.glob("**/*.hea", root_dir=path, recursive=True))

@@ -10,9 +10,11 @@ SciPy, wfdb and tqdm (and PyTorch for --download); no other project file.
 import argparse
 import ast
 import csv
+import io
 import json
 import math
 import os
+import posixpath
 import re
 import signal
 import sys
@@ -55,7 +57,7 @@ LEAD_OF = {lead.lower(): lead for lead in LEADS} | {
 DERIVED = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I, II
 LINES = {   # of a WFDB header: the parts of each kind, in groups what is used of them
     "record": {"name": r"[-\w]+(/\d+)?", "number of signals": r"\d+",
-               "rate": r"(\d+\.?\d*)(?:/\S+)?", "number of samples": r"(\d+)"},
+               "rate": r"(?:(\d+\.?\d*)(?:/\S+)?)?", "number of samples": r"(\d*)(?=\s|$)"},
     "segment": {"name": r"([-\w]*~?)", "length": r"(\d+)"},
     "signal": {"file": r"(~?[-\w]*(?:\.\w*)?)", "format": r"\d+(?:x(\d+))?(:\d+)?(?:\+\d+)?",
                "gain": r"(?:-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?:\(-?\d+\))?(?:/(\S*))?)?",
@@ -108,7 +110,7 @@ def read_table(root, task):
     elif task not in TASKS:
         raise InputError(f"task {task!r}: wanted {', '.join(TASKS)}, or a .csv table")
     table = read_csv(path, needed)
-    records = [os.path.normpath(strip_extension(cell)) for cell in table[needed[0]]]
+    records = [posixpath.normpath(strip_extension(cell)) for cell in table[needed[0]]]
     ids = [cell.removesuffix(".0") for cell in table.get("ecg_id", records)]    # pandas adds it
     patients = ["" if is_unknown(who) else who.removesuffix(".0")
                 for who in table.get("patient_id", [""] * len(records))]
@@ -142,7 +144,7 @@ def read_csv(path, needed):
     try:
         text = re.sub('^"?sep=.*\n', "", path.read_text("utf-8-sig"))
         mark = max(",;\t", key=text.partition("\n")[0].count)
-        rows = csv.reader(text.splitlines(keepends=True), delimiter=mark)
+        rows = csv.reader(io.StringIO(text), delimiter=mark)
         rows = [[cell.strip() for cell in row] for row in rows]
         names, *rows = [row for row in rows if any(row)] or [[]]
         ragged = [i for i, row in enumerate(rows, 2) if len(row) != len(names)]
@@ -222,8 +224,8 @@ def lead_called(name):
     return LEAD_OF.get(re.sub(r"[ _](?=\d$)", "", short), name.strip())
 
 
-# signals: {lead: Channel}; segments: [(path, Header, frames)] of one in several, gaps included
-Header = namedtuple("Header", "frame_rate frames signals segments")
+# signals: {lead: Channel}; segments: [(path, Header, frames)]; whole: it does not say its length
+Header = namedtuple("Header", "frame_rate frames signals segments whole")
 # place: among the signals; per_frame: samples; checksum: of all its samples modulo 65536, or 0
 Channel = namedtuple("Channel", "place per_frame unit checksum")
 
@@ -242,18 +244,19 @@ def read_line(path, number, line, kind):
 
 def read_header(path):
     """The Header of a WFDB record. Raises InputError for one that cannot be read."""
+    import wfdb
     text = Path(f"{path}.hea").read_bytes().decode("utf-8-sig", "surrogateescape")
     lines = [(path, number, line) for number, line in enumerate(map(str.strip, text.split("\n")), 1)
              if line and line[0] != "#"] or [(path, 1, "")]
     several, rate, length = read_line(*lines[0], "record")
-    if not float(rate) or not int(length):
+    if not float(rate or 250) or not int(length or 1):
         raise InputError(f"{path}.hea: line {lines[0][1]}: has 0 samples, or 0 a second")
     signals, segments = {}, []
     for i, line in enumerate(lines[1:]):
         if several:
             name, frames = read_line(*line, "segment")
             part, gap = Path(path).with_name(name), name == "~" or not int(frames)
-            header = Header(0, 0, {}, []) if gap else read_header(part)
+            header = Header(0, 0, {}, [], True) if gap else read_header(part)
             segments.append((part, header, int(frames)))
             signals = {**header.signals, **signals}
             continue
@@ -264,7 +267,9 @@ def read_header(path):
         unit = re.sub(r"[^!-~]+(?=v$)", "u", unit.lower()) or "mv"      # wfdb drops a micro sign
         checksum = 0 if skew else int(checksum or 0) % 65536
         signals.setdefault(lead_called(name), Channel(i, int(per_frame or 1), unit, checksum))
-    return Header(float(rate), int(length), signals, segments)
+    frames = int(length or 0) or sum(frames for *_, frames in segments)
+    frames = frames or len(wfdb.rdrecord(str(path)).p_signal)
+    return Header(float(rate or 250), frames, signals, segments, not length)
 
 
 def find_leads(header, leads):
@@ -300,8 +305,8 @@ def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
         there = [i for i, lead in enumerate(leads) if lead in part.signals or (
             lead in DERIVED and {"I", "II"} <= part.signals.keys())]
         if there and first < last:
-            if frames <= 60 * rate:     # a minute is read whole, for its checksum
-                first, last = 0, frames
+            if frames <= 60 * rate or seconds is None or part.whole:    # and checksums compared
+                first, last = 0, None
             piece = read_samples(path, part, [leads[i] for i in there], first, last)
             begin = (at + first) * channel.per_frame - round(start * fs)    # in x
             piece = piece[:, max(0, -begin):x.shape[1] - begin]
@@ -310,13 +315,13 @@ def read_record(path, leads=LEADS, start=0, seconds=None, header=None):
 
 
 def read_samples(path, header, leads, first, last):
-    """Frames `first` to `last` of a WFDB record in one segment -> (leads, n) in millivolts."""
+    """Frames `first` to `last` (None: all) of a WFDB record in one segment -> (leads, n) in mV."""
     import wfdb
     wanted, derived = find_leads(header, leads)
     record = wfdb.rdrecord(str(path), first, last, [found.place for found in wanted.values()],
                            physical=False, smooth_frames=False)
     for (lead, found), samples in zip(wanted.items(), record.e_d_signal):
-        if last - first == header.frames and found.checksum not in (0, samples.sum() % 65536):
+        if last is None and found.checksum not in (0, samples.sum() % 65536):
             raise InputError(f"lead {lead} has not the checksum that its header gives")
     samples = zip(wanted.items(), record.dac(expanded=True))
     volts = {lead: MILLIVOLTS[found.unit] * x for (lead, found), x in samples}
@@ -480,6 +485,10 @@ def load_records(root, task, how="filter", leads=LEADS, **options):
 def whole_file(path):
     """A file to write bytes to, which gets the name `path` once all are written, or never."""
     part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    for old in part.parent.glob(f".{Path(path).name}.*.part"):  # a killed process may have left it
+        with suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
     try:
         with open(part, "wb") as f:
             yield f
@@ -505,6 +514,7 @@ def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-
     except (KeyboardInterrupt, InputError, OSError, BrokenExecutor, *more) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         line = interrupted if stopped else " ".join(str(error).split())
+        line += "; perhaps memory ran out: fewer --workers" * isinstance(error, BrokenExecutor)
         sys.stderr.write(f"{script}: {line}\n")
         sys.exit(130 if stopped else 2)
 

@@ -36,19 +36,9 @@ Scores = namedtuple("Scores", "point slopes factor")
 
 def auroc_auprc(y_true, y_prob):
     """Area under the ROC curve and average precision of each class, as scikit-learn's, and their
-    slopes (see `class_areas`): y_true (N, L) of 0 and 1, y_prob (N, L) -> (2, L), (2, N, L), NaN
-    where a class has no positive or no negative."""
-    y, prob = np.asarray(y_true, bool), np.asarray(y_prob, np.float64)
-    areas, slopes = np.full((2, y.shape[1]), np.nan), np.full((2, *y.shape), np.nan)
-    for c in np.flatnonzero(y.any(0) & ~y.all(0)):
-        areas[:, c], slopes[..., c] = class_areas(y[:, c], prob[:, c])
-    return areas, slopes
-
-
-def class_areas(y, prob):
-    """AUROC and average precision of one class, and their slopes: how much they change per unit of
-    weight of each record, less the mean over the records of its kind (positive or negative), so
-    that the two kinds keep their weights. y (N,) bool, prob (N,) -> (2,), (2, N).
+    slopes: how much they change per unit of weight of each record, less the mean over the records
+    of its kind (positive or negative), so that the two kinds keep their weights. y_true (N, L) of 0
+    and 1, y_prob (N, L) -> (2, L), (2, N, L); NaN where a class has no positive or no negative.
 
     With the records sorted by decreasing probability, A and T the number of all and of the positive
     records down to the end of a record's group of ties, A' and T' the same before that group, and P
@@ -57,21 +47,22 @@ def class_areas(y, prob):
               = mean over the negatives of (T + T') / 2 / P, the positives above
         average precision = mean over the positives of T / A; a record adds to the A of each
         positive that is not above it, a positive to its T, too"""
-    order = np.argsort(-prob, kind="stable")
-    score, y = -prob[order], y[order]
-    first, last = (np.searchsorted(score, score, side) for side in ("left", "right"))   # A', A
-    true = np.append(0, np.cumsum(y))
-    before, upto, p, n = true[first], true[last], true[-1], len(y) - true[-1]           # T', T
-    below, precision = n - (last - upto + first - before) / 2, upto / last
-    areas = np.array([below[y].sum() / (p * n), precision[y].sum() / p])
-
-    def onwards(values):    # their sum over the positives that are not above a record
-        return np.cumsum((y * values)[::-1])[::-1][first]
-
-    change = np.stack([np.where(y, below, (upto + before) / 2) / (p * n),
-                       (y * (precision + onwards(1 / last)) - onwards(precision / last)) / p])
-    slopes = np.empty_like(change)
-    slopes[:, order] = change - np.where(y, *(change[:, kind].mean(1)[:, None] for kind in (y, ~y)))
+    y_true, y_prob = np.asarray(y_true, bool), np.asarray(y_prob, np.float64)
+    areas, slopes = np.full((2, y_true.shape[1]), np.nan), np.full((2, *y_true.shape), np.nan)
+    for c in np.flatnonzero(y_true.any(0) & ~y_true.all(0)):
+        order = np.argsort(-y_prob[:, c], kind="stable")
+        score, y = -y_prob[order, c], y_true[order, c]
+        first, last = (np.searchsorted(score, score, side) for side in ("left", "right"))  # A', A
+        true = np.append(0, np.cumsum(y))
+        before, upto, p, n = true[first], true[last], true[-1], len(y) - true[-1]          # T', T
+        below, precision = n - (last - upto + first - before) / 2, upto / last
+        areas[:, c] = below[y].sum() / (p * n), precision[y].sum() / p
+        # Sums over the positives that are not above a record.
+        gain, loss = (np.cumsum((y * x)[::-1])[::-1][first] for x in (1 / last, precision / last))
+        change = np.stack([np.where(y, below, (upto + before) / 2) / (p * n),
+                           (y * (precision + gain) - loss) / p])
+        means = (change[:, kind].mean(1)[:, None] for kind in (y, ~y))
+        slopes[:, order, c] = change - np.where(y, *means)
     return areas, slopes
 
 
@@ -122,16 +113,14 @@ def interval(point, half):
 
 
 def best_thresholds(y_true, y_prob):
-    """Each class's threshold (probabilities >= it are positive) with the best F1 =
-    2 TP / (predicted + positives): (N, L), (N, L) -> (L,), NaN with fewer than FEW positives."""
-    y, prob = np.asarray(y_true, bool), np.asarray(y_prob, np.float64)
-    thresholds, predicted = np.full(y.shape[1], np.nan), np.arange(1, len(y) + 1)
-    for c in np.flatnonzero((y.sum(0) >= FEW) & ~y.all(0)):
-        order = np.argsort(-prob[:, c], kind="stable")
-        score, true = prob[order, c], np.cumsum(y[order, c])
-        f1 = 2 * true / (predicted + true[-1])
-        f1[:-1][score[:-1] == score[1:]] = 0    # no threshold separates equal probabilities
-        thresholds[c] = score[f1.argmax()]
+    """Each class's threshold (probabilities >= it are positive) with the best F1 = 2 TP /
+    (predicted + positives): (N, L), (N, L) -> (L,), NaN without positives or negatives."""
+    y, falling = np.asarray(y_true, bool), -np.asarray(y_prob, np.float64)
+    thresholds = np.full(y.shape[1], np.nan)
+    for c in np.flatnonzero(y.any(0) & ~y.all(0)):
+        score, positive = np.sort(falling[:, c]), np.sort(falling[y[:, c], c])
+        predicted, true = (np.searchsorted(some, score, "right") for some in (score, positive))
+        thresholds[c] = -score[(2 * true / (predicted + len(positive))).argmax()]
     return thresholds
 
 
@@ -163,23 +152,25 @@ def difference(a, b, classes, top=5):
                         for i in order[:top] if not np.isnan(auroc[i])}}
 
 
+def with_interval(value, ends, sign=""):
+    return f"{value:{sign}.4f} ({ends[0]:{sign}.4f} to {ends[1]:{sign}.4f})"
+
+
 def macro_line(name, result):
-    text = "macro AUROC {:.4f} ({:.4f} to {:.4f}), AUPRC {:.4f} ({:.4f} to {:.4f})".format(
-        result["macro_auroc"], *result["macro_auroc_ci"],
-        result["macro_auprc"], *result["macro_auprc_ci"])
+    auroc = with_interval(result["macro_auroc"], result["macro_auroc_ci"])
+    auprc = with_interval(result["macro_auprc"], result["macro_auprc_ci"])
     few = f" ({len(result['undefined'])} classes undefined)" * bool(result["undefined"])
-    return f"{name}: {result['n']:,} records, {text}{few}"
+    return f"{name}: {result['n']:,} records, macro AUROC {auroc}, AUPRC {auprc}{few}"
 
 
 def difference_lines(pair):
-    text = "  {} {:+.4f} ({:+.4f} to {:+.4f}), {:+.1f} %"
+    auroc = with_interval(pair["macro_auroc_diff"], pair["macro_auroc_diff_ci"], "+")
+    auprc = with_interval(pair["macro_auprc_diff"], pair["macro_auprc_diff_ci"], "+")
     most = [f"{name} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}"
             for name, d in pair["classes"].items()]
     return [f"{pair['b']} - {pair['a']}",
-            text.format("AUROC", pair["macro_auroc_diff"], *pair["macro_auroc_diff_ci"],
-                        pair["macro_auroc_gain_percent"]),
-            text.format("AUPRC", pair["macro_auprc_diff"], *pair["macro_auprc_diff_ci"],
-                        pair["macro_auprc_gain_percent"]),
+            f"  AUROC {auroc}, {pair['macro_auroc_gain_percent']:+.1f} %",
+            f"  AUPRC {auprc}, {pair['macro_auprc_gain_percent']:+.1f} %",
             f"  largest (AUROC, AUPRC): {', '.join(most)}"]
 
 
@@ -366,23 +357,10 @@ def predict_record(checkpoint, model, record, device):
 
 def record_lines(classes, limits, prob, top=5):
     """The most probable classes and all that reach their threshold, as lines to print."""
-    width = max(map(len, [*classes, "class"]))
-    lines = [f"{'class':{width}}  probability  threshold"]
-    for rank, i in enumerate(np.argsort(-prob, kind="stable")):
-        above = "  above" * bool(prob[i] >= limits[i])
-        if rank < top or above:
-            lines.append(f"{classes[i]:{width}}  {prob[i]:11.4f}  {limits[i]:9.4f}{above}")
-    return lines
-
-
-def write_table(path, classes, limits, found):
-    """A csv with a row for each (record, probabilities, number of windows, notes)."""
-    text, classes = io.StringIO(), np.array(classes)
-    csv.writer(text).writerows([["record", "windows", "notes", "above_threshold", *classes], *(
-        [record, n, notes, ";".join(classes[prob >= limits]), *(f"{value:.6g}" for value in prob)]
-        for record, prob, n, notes in found)])
-    with data.whole_file(path) as f:
-        f.write(text.getvalue().encode(errors="surrogateescape"))   # names that are not UTF-8
+    width, above = max(map(len, [*classes, "class"])), np.where(prob >= limits, "  above", "")
+    shown = [i for rank, i in enumerate(np.argsort(-prob, kind="stable")) if rank < top or above[i]]
+    return [f"{'class':{width}}  probability  threshold", *(
+        f"{classes[i]:{width}}  {prob[i]:11.4f}  {limits[i]:9.4f}{above[i]}" for i in shown)]
 
 
 def plot_record(record, leads, caption, path):
@@ -434,35 +412,40 @@ def run(args, device):
 
 def run_records(args, device):
     """Predict single ECGs of any source, sampling rate and length, by windows of 10 s."""
-    path, records, found, unusable = args.models[0], find_records(args.record), [], []
-    many = len(records) > 1
-    if args.plot and many:
+    path, records, rows, unusable = args.models[0], find_records(args.record), [], []
+    if args.plot and len(records) > 1:
         raise InputError(f"--plot draws one record, {len(records)} were given")
     checkpoint, model = load_model(path, device)
-    classes = checkpoint["classes"]
-    limits = np.array(checkpoint.get("thresholds", [np.nan] * len(classes)))
-    for record in tqdm(records, "predict", unit="record", disable=None if many else True):
+    classes = np.array(checkpoint["classes"])
+    # No thresholds that are unknown or rest on few positives of fold 9.
+    unknown = [np.nan] * len(classes)
+    few = np.array(checkpoint.get("positives", unknown)) < FEW
+    limits = np.where(few, np.nan, checkpoint.get("thresholds", unknown))
+    for record in tqdm(records, "predict", unit="record", disable=None if records[1:] else True):
         try:
-            found.append((record, *predict_record(checkpoint, model, record, device)))
+            prob, n, notes = predict_record(checkpoint, model, record, device)
+            above = ";".join(classes[prob >= limits])
+            rows.append([record, n, notes, above, *(f"{value:.6g}" for value in prob)])
         except InputError as error:
             unusable.append(error)
-    if not found:
+    if not rows:
         raise unusable[0]
-    if not many:
-        _, prob, n, notes = found[0]
+    if len(records) == 1:
         print(*record_lines(classes, limits, prob), f"mean of {n} windows of 10 s",
               *[notes] * bool(notes), sep="\n")
     if args.plot:
         best = np.argsort(-prob, kind="stable")[:5]
         caption = ",  ".join(f"{classes[i]} {prob[i]:.4f}" for i in best)
         plot_record(records[0], checkpoint["leads"], caption, args.plot)
-    if many or args.out:
-        out = args.out or Path(path).with_name("records.csv")
-        write_table(out, classes, limits, found)
-        print(f"{out}: {len(found):,} records, {len(classes)} classes")
+    if len(records) > 1 or args.out:
+        out, text = args.out or Path(path).with_name("records.csv"), io.StringIO()
+        csv.writer(text).writerow(["record", "windows", "notes", "above_threshold", *classes])
+        csv.writer(text).writerows(rows)
+        with data.whole_file(out) as f:
+            f.write(text.getvalue().encode(errors="surrogateescape"))   # names that are not UTF-8
+        print(f"{out}: {len(rows):,} records, {sum(bool(row[2]) for row in rows):,} with notes")
     if unusable:
-        raise InputError(f"{unusable[0]}; {len(unusable)} of {len(records)} records cannot be "
-                         f"used, the others are in {out}")
+        raise InputError(f"{unusable[0]}; {out} lacks {len(unusable)} of {len(records)} records")
 
 
 def main(argv=None):

@@ -210,7 +210,9 @@ def verify(path):
     model = ecgfounder(n_classes or 1, leads).eval()
     load_state(model, state, path, head=n_classes > 0)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    found = f"{path}: {leads} leads, {n_classes or 'no'} classes, sha256 {digest}"
+    n = sum(not re.search(UNUSED, key) for key in state)
+    found = (f"{path}: {n} tensors loaded, {len(state) - n} unused BatchNorm tensors left out, "
+             f"{leads} leads, {n_classes or 'no'} classes, sha256 {digest}")
     if digest != OFFICIAL_SHA256:
         return f"{found}: not the known 12-lead release, so no logits were compared"
     logits = model(torch.linspace(-1, 1, 12 * 5000).reshape(1, 12, 5000))[0, :10]

@@ -21,6 +21,7 @@ import sys
 import time
 import zlib
 from collections import Counter, namedtuple
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -208,6 +209,8 @@ def epochs(run, stage, module, train_split, val_split, amp):
     if done:
         optimizer.load_state_dict(run.states["optimizer"])
         scaler.load_state_dict(run.states["scaler"])
+        for group in optimizer.param_groups:    # as without a graph
+            group.update(lr=stage.lr, capturable=False)
     graphed = args.graph and device.type == "cuda" and not dist.is_initialized()
     step, net = GraphedStep(optimizer, device) if graphed else train_step, module
     if dist.is_initialized():
@@ -366,7 +369,7 @@ class Run:
         changed = [f"{key} was {before.get(key)}, now {value}"
                    for key, value in {**vars(self.args), **self.described}.items()
                    if before.get(key) != value
-                   and key not in ("resume", "out", "data", "task", "device")]
+                   and key not in ("resume", "out", "data", "task", "device", "graph")]
         if changed:
             raise InputError(f"{path}: this run cannot be resumed ({'; '.join(changed)[:400]}); "
                              "give the same arguments and data, or another --out")
@@ -397,7 +400,8 @@ class Run:
             save_checkpoint(Path(self.args.out, name), {
                 "state_dict": self.model.state_dict(), **self.described, "data": self.args.data,
                 "args": dict(vars(self.args)), "history": self.history, **fields,
-                "versions": {"torch": str(torch.__version__), "numpy": np.__version__}})
+                "versions": {name: metadata.version(name)
+                             for name in ("torch", "numpy", "scipy", "wfdb")}})
 
 
 def save_checkpoint(path, checkpoint):
@@ -494,6 +498,7 @@ def finish(args, device, labels, signals):
     val, test = (evaluate.predict(checkpoint, model, labels.take(labels.fold == fold), signals,
                                   device) for fold in (data.VAL_FOLD, data.TEST_FOLD))
     checkpoint["thresholds"] = evaluate.best_thresholds(val["y_true"], val["y_prob"]).tolist()
+    checkpoint["positives"] = val["y_true"].sum(0).tolist()
     save_checkpoint(path, checkpoint)
     result = evaluate.report(evaluate.score(test), test)
     evaluate.write_json(Path(args.out, "test.json"), result)

@@ -128,7 +128,7 @@ def test_limb_leads_follow_from_two(ecg, tmp_path):
     (lambda path, d: write(path, d, first="{} {} 500 {} 10:00:00 29/13/2001"), ["line 1", "date"]),
     (lambda path, d: write(path, d, first="{}.mat {} 500 {}"), ["line 1", "name", ".mat"]),
     (lambda path, d: write(path, d, first="{} {} 500 0"), ["line 1", "0 samples"]),
-    (lambda path, d: write(path, d, first="{} {} 500"), ["line 1", "number of samples"]),
+    (lambda path, d: write(path, d, first="{} {} 500 9s"), ["line 1", "number of samples"]),
     (lambda path, d: write(path, d, gain="1.0E3(0)/mV"), ["line 2", "gain", "1.0E3"]),
     (lambda path, d: np.roll(d, 1, 1).tofile(f"{write(path, d)}.dat"), ["lead I", "checksum"])])
 def test_refused(ecg, tmp_path, make, words):
@@ -236,6 +236,11 @@ def test_a_long_record_is_read_in_parts(ecg, tmp_path, monkeypatch):
         part = np.float32(long[[1, 6], 5000 * i:5000 * i + 5000] / 1000)
         want = data.preprocess(part, 500, "zscore")
         np.testing.assert_array_equal(window, want.astype(np.float16))
+
+
+def test_a_header_need_not_say_how_long_its_record_is(ecg, tmp_path):
+    write(tmp_path / "r", np.hstack([ecg] * 7), first="{} {} 500")
+    assert [note["windows"] for _, note in data.load_windows(tmp_path / "r", "raw")] == [7] * 7
 
 
 def test_segments_of_any_kind(ecg, tmp_path):

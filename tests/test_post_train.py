@@ -124,7 +124,7 @@ def test_every_score_is_that_of_fold_9(undisturbed, demo_set, tiny):
     best, labels = (network.read_checkpoint(undisturbed / "best.pt"),
                     data.load_labels(demo_set, "rhythm12"))
     assert_close(best["state_dict"], mixed[2], atol=1e-6, rtol=0)
-    assert best["classes"] == labels.classes
+    assert best["positives"] == y.sum(0).tolist() and best["classes"] == labels.classes
 
 
 def test_what_is_saved(run, demo_set, monkeypatch):

@@ -52,7 +52,7 @@ UNKNOWN = (r"(#?n[./]?a\.?n?|<na>|nat|none|\(?null\)?|missing|\W*(not )?unk(nown
            r"not (available|known)|anonym\w*|[-?.]+|0+(\.0)?|-\d+(\.0)?)?")      # patient_id
 PREPROCESSING = ("filter", "zscore", "raw")
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
-LEAD_OF = {lead.lower(): lead for lead in LEADS} | {
+LEAD_OF = {lead.lower(): lead for lead in LEADS} | {f"c{i}": f"V{i}" for i in range(1, 7)} | {
     "di": "I", "d1": "I", "dii": "II", "d2": "II", "diii": "III", "d3": "III"}
 DERIVED = {"III": (-1, 1), "aVR": (-0.5, -0.5), "aVL": (1, -0.5), "aVF": (-0.5, 1)}  # of I, II
 LINES = {   # of a WFDB header: the parts of each kind, in groups what is used of them
@@ -338,7 +338,7 @@ def preprocess(signal, fs, how="filter"):
     from scipy import signal as dsp
     x = np.asarray(signal)
     if x.ndim != 2 or x.shape[1] < 2 or not 50 <= fs <= 100_000:
-        raise InputError(f"shape {x.shape} at {fs} Hz; wanted (leads, n) at 50 Hz or more")
+        raise InputError(f"shape {x.shape} at {fs} Hz; wanted (leads, n) at 50 to 100,000 Hz")
     seconds = 10 if fs == FS else 11    # one more for the filter that resamples
     x = x[:, :math.ceil(seconds * fs)].astype(np.float64)
     if not np.abs(x[~np.isnan(x)]).max(initial=0) <= 1e4:   # an ECG's are about 1

@@ -446,8 +446,8 @@ def parse(argv):
 def check(args):
     """Raise InputError for unusable arguments, before anything is read or written."""
     numbers = {key: value for key, value in vars(args).items() if isinstance(value, (int, float))}
-    bad = [key for key, value in numbers.items() if not value >= 0]     # NaN is neither
-    bad += [key for key in ("drop_path", "dropout") if numbers[key] >= 1]
+    ends = {"drop_path": 1, "dropout": 1, "seed": 2**32}    # comparisons with NaN are false
+    bad = [key for key, x in numbers.items() if not x >= 0 or x >= ends.get(key, math.nan)]
     bad += ["frac"] * (not 0 < args.frac <= 1) + ["batch_size"] * (args.batch_size < place()[1])
     bad += ["probe_epochs"] * (args.probe_epochs == args.epochs == 0) + ["clip"] * (not args.clip)
     if bad:
@@ -475,11 +475,11 @@ def post_train(args):
     if (out / "test.json").exists():
         print(f"{out}: a run is finished there, see test.json; no arguments were compared")
         return
-    out.mkdir(parents=True, exist_ok=True)
     # One process of a machine builds the cache, before they form a group, which has a timeout.
     labels, signals = data.load_records(
         args.data, args.task, args.preprocess, args.leads, skip_unreadable=args.skip_unreadable,
         wait=world > 1 and local_rank > 0)
+    out.mkdir(parents=True, exist_ok=True)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     train(args, device, labels, signals)
@@ -508,7 +508,7 @@ def finish(args, device, labels, signals):
 def main(argv=None):
     try:
         with data.errors_in_one_line("post_train.py", network.WeightsError, torch.OutOfMemoryError,
-                                     interrupted="stopped; --resume goes on from last.pt, if any"):
+                                     interrupted="stopped; the same command with --resume goes on"):
             post_train(parse(argv))
     except SystemExit as stop:
         if dist.is_initialized():   # leaving the group would wait for the other processes

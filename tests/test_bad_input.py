@@ -132,13 +132,14 @@ SPOILED = [     # (command, what the line names, what spoils)
 OPTIONS = [     # (command, what the line names)
     (f"{TRAIN} --data elsewhere", f"elsewhere/{DATABASE.name}, data.py --download"),
     (f"{TRAIN} --leads I,IV", "--leads, IV, aVR"), (f"{TRAIN} --lr nan", "--lr is nan"),
+    (f"{TRAIN} --drop-path 1", "--drop-path is 1"), (f"{TRAIN} --seed 4294967296", "--seed is 4"),
     (f"{TRAIN} --out run", "run, holds a run, --resume"),
     (f"{RESUME} --lr 0.01 --seed 4", "lr was 0.0005, now 0.01, seed was 0, another --out"),
 ]
 CASES = [
     *((command, words, changed(path, damage) if damage else path.unlink)
       for command, path, words in DAMAGED for kind, damage in DAMAGE.items()
-      if (path, kind) != (LAST, "missing")),    # probe.pt is there
+      if (path, kind) != (LAST, "missing")),    # it starts over
     *((OWN if path == TABLE else TRAIN, f"{path}, {column}, {value[:20]}, {words}",
        cell(path, column, value)) for path, column, values, words in CELLS for value in values),
     *SPOILED, *((command, words, Path("empty").mkdir) for command, words in OPTIONS),

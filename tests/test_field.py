@@ -68,7 +68,7 @@ def write_layout(path, d):
 
 
 VOLTS = "1000000(0)/V"
-SPANISH = ["DI", "D2", "diii", *LEADS[3:]]
+OTHER_NAMES = ["DI", "D2", "diii", *LEADS[3:9], "C4", "C5", "c6"]
 SAID = ["Lead I (Einthoven)", "ECG II", "MDC_ECG_LEAD_III", "lead_aVR", "EKG-aVL", "AVF", "V 1",
         *LEADS[7:]]
 
@@ -76,7 +76,7 @@ SAID = ["Lead I (Einthoven)", "ECG II", "MDC_ECG_LEAD_III", "lead_aVR", "EKG-aVL
 @pytest.mark.parametrize("make", [
     lambda path, d: write(path, d),
     lambda path, d: write(path, d, SAID),
-    lambda path, d: write(path, d, SPANISH),
+    lambda path, d: write(path, d, OTHER_NAMES),
     lambda path, d: write(path, d[::-1], LEADS[::-1]),
     lambda path, d: write(path, d, first="\ufeff{} {} 500 {} 05-Feb-2020 11:39:16"),
     lambda path, d: write(path, d, gain=VOLTS, end="# 1 LSB/µV"),

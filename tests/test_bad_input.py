@@ -152,6 +152,11 @@ def test_bad_input(world, fails, command, words, spoil):
     refused(fails, command, *words.split(", "))
 
 
+def test_a_mistyped_task_leaves_no_folder(world, fails):
+    refused(fails, f"{TRAIN} --task rythm12", "rythm12", "rhythm12")
+    assert not Path("new").exists()
+
+
 class Trick:
     """An object whose pickle calls `function(*arguments)` when it is loaded."""
 

@@ -299,6 +299,7 @@ def test_the_readmes_answers(folder, ecg, demo_set):
         Path(name).mkdir(parents=True)
     for name, codes in {"A1": "426783006", "A2": "59118001,164889003"}.items():
         Path(f"georgia/{name}.hea").write_text(f"{name} 12 500 5000\n# Dx: {codes}\n")
+    Path("georgia/A3.hea").write_text("A3 12 500 5000\n# Age: 74\n")     # it has no codes
     shutil.copytree(demo_set, "ptbxl", ignore=shutil.ignore_patterns("records*", "cache"))
     rows = [{**row, "age": 20 + i} for i, row in enumerate(read_csv("ptbxl/ptbxl_database.csv"))]
     write_csv("ptbxl/ptbxl_database.csv", rows)

@@ -49,7 +49,7 @@ NOT_CLASSES = ("record", "ecg_id", "patient_id", "fold")    # of a custom table'
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
 FOLDS = {f"{fold}{end}": fold for fold in range(1, 11) for end in ("", ".0")}
 UNKNOWN = (r"(#?n[./]?a\.?n?|<na>|nat|none|\(?null\)?|missing|\W*(not )?unk(nown)?\W*( patient)?|"
-           r"not (available|known)|anonym\w*|[-?.]+|0+(\.0)?|-\d+(\.0)?)?")      # patient_id
+           r"not (available|known)|anonym[a-z]*|[-?.]+|0+(\.0)?|-\d+(\.0)?)?")      # patient_id
 PREPROCESSING = ("filter", "zscore", "raw")
 MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "nv": 1e-6}
 LEAD_OF = {lead.lower(): lead for lead in LEADS} | {f"c{i}": f"V{i}" for i in range(1, 7)} | {
@@ -234,8 +234,7 @@ def read_line(path, number, line, kind):
     """What is used of a header's line. Raises InputError for one that wfdb cannot read right."""
     used = []
     for part, form in LINES[kind].items():
-        match = re.match(rf"{form}(?:\s+|$)", line)
-        if not match:
+        if not (match := re.match(rf"{form}(?:\s+|$)", line)):
             raise InputError(f"{path}.hea: line {number}: {line[:40]!r} begins with no {part}")
         used += match.groups("")
         line = line[match.end():]
@@ -278,8 +277,7 @@ def find_leads(header, leads):
     derived = [lead for lead in leads if lead in DERIVED and lead not in header.signals]
     needed = dict.fromkeys([*leads, *("I", "II") * bool(derived)])
     wanted = {lead: header.signals.get(lead) for lead in needed if lead not in derived}
-    missing = [lead for lead, found in wanted.items() if found is None]
-    if missing:
+    if missing := [lead for lead, found in wanted.items() if found is None]:
         raise InputError(f"has no lead {missing[0]} (it has {', '.join(header.signals)}); "
                          f"wanted {', '.join(leads)}; rename those that have another name")
     _, rates, units, _ = map(set, zip(*wanted.values()))
@@ -434,8 +432,7 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
             notes = write_signals(f, root, records, how, leads, max(1, workers or os.cpu_count()))
             g.write(json.dumps({**made_of, **notes}, indent=1).encode())
     notes = json.loads(about.read_text())
-    unreadable = notes["unreadable"]
-    if unreadable and not skip_unreadable:
+    if (unreadable := notes["unreadable"]) and not skip_unreadable:
         raise InputError(f"{next(iter(unreadable.values()))}; {about} lists all {len(unreadable)}: "
                          f"mend them and delete {path}, or leave them out with --skip-unreadable")
     for key in filter(notes.get, NOTES):

@@ -106,9 +106,9 @@ def half_width(slopes, factor):
 
 def interval(point, half):
     """point -/+ half on the logit scale, which keeps it in [0, 1]: (2,), (2,) -> (2, 2). NaN where
-    the score is perfect, of which no other score can be told."""
+    the score is perfect, or no patient changes it: of these no other score can be told."""
     inside = point * (1 - point)
-    step = np.divide(half, inside, out=np.full_like(half, np.nan), where=inside > 0)
+    step = np.divide(half, inside, out=np.full(2, np.nan), where=(inside > 0) & (half > 1e-6))
     return expit(logit(point)[:, None] + step[:, None] * [-1, 1])
 
 
@@ -127,11 +127,10 @@ def best_thresholds(y_true, y_prob):
 def report(scores, p):
     """Scores of the predictions `p` as plain data, NaN where undefined."""
     point = macro(scores.point)
-    values = point.tolist()
     ends = interval(point, half_width(scores.slopes, scores.factor)).tolist()
     columns = zip(map(str, p["classes"]), p["y_true"].sum(0).tolist(), *scores.point.tolist())
     per_class = {name: {"positives": n, "auroc": a, "auprc": b} for name, n, a, b in columns}
-    return {"n": len(p["y_true"]), "macro_auroc": values[0], "macro_auprc": values[1],
+    return {"n": len(p["y_true"]), "macro_auroc": point[0].item(), "macro_auprc": point[1].item(),
             "macro_auroc_ci": ends[0], "macro_auprc_ci": ends[1], "per_class": per_class,
             "undefined": [name for name, of in per_class.items() if np.isnan(of["auroc"])]}
 
@@ -350,7 +349,8 @@ def predict_record(checkpoint, model, record, device):
         lacking += [note["lacking"] for note in notes if note["lacking"]]
     windows, derived = notes[0]["windows"], notes[0]["derived"]
     said = [f"{windows - n} of {windows} windows have no signal"] * (n < windows)
-    said += [f"{len(lacking)} of {windows} windows lack {what}" for what in lacking[:1]]
+    kinds = [*dict.fromkeys(lacking)][:3]
+    said += [f"{lacking.count(kind)} of {windows} windows lack {kind}" for kind in kinds]
     said += [f"{derived} derived from I and II"] * bool(derived)
     return total / n, n, "; ".join(said)
 
@@ -418,9 +418,8 @@ def run_records(args, device):
     checkpoint, model = load_model(path, device)
     classes = np.array(checkpoint["classes"])
     # No thresholds that are unknown or rest on few positives of fold 9.
-    unknown = [np.nan] * len(classes)
-    few = np.array(checkpoint.get("positives", unknown)) < FEW
-    limits = np.where(few, np.nan, checkpoint.get("thresholds", unknown))
+    few = np.less(checkpoint.get("positives", 0), FEW)
+    limits = np.where(few, np.nan, checkpoint.get("thresholds", [np.nan] * len(classes)))
     for record in tqdm(records, "predict", unit="record", disable=None if records[1:] else True):
         try:
             prob, n, notes = predict_record(checkpoint, model, record, device)
@@ -464,7 +463,7 @@ def main(argv=None):
     add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
     add("--skip-unreadable", action="store_true", help="leave out records that cannot be used")
     args = parser.parse_args(argv)
-    with data.errors_in_one_line("evaluate.py", network.WeightsError):
+    with data.errors_in_one_line("evaluate.py", network.WeightsError, torch.OutOfMemoryError):
         # What would else be found out after the work.
         table = [".csv"] if args.record else [".npz"]
         for path, ends in (args.out, table), (args.json, [".json"]), (args.plot, [".png", ".pdf"]):
@@ -473,6 +472,9 @@ def main(argv=None):
         ignored = (args.json or len(args.models) > 1) if args.record else args.plot
         if ignored or args.out and len(args.models) > 1:
             raise InputError("--out, --record: with one FILE; --plot: with --record; --json: not")
+        chosen = args.fold or args.data or args.task or args.features or args.out
+        if chosen and all(path.endswith(".npz") for path in args.models):
+            raise InputError("--fold, --data, --task, --features, --out: of checkpoints, not .npz")
         (run_records if args.record else run)(args, pick_device(args.device))
 
 

@@ -183,8 +183,7 @@ def load_state(model, state, path, head=True):
         model.load_state_dict({**state, **kept})
     except RuntimeError as error:
         raise WeightsError(f"{path}: {' '.join(str(error).split())[:400]}") from None
-    bad = [key for key, value in model.state_dict().items() if not value.isfinite().all()]
-    if bad:
+    if bad := [key for key, value in model.state_dict().items() if not value.isfinite().all()]:
         raise WeightsError(f"{path}: {bad[0]} is not finite")
 
 

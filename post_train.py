@@ -151,6 +151,8 @@ def choose_records(args, labels):
                          "both labels of a class in 9: give a column `fold`, or more records")
     if data.is_own(args.task):
         print(f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
+    if alone := sum(map(data.is_unknown, labels.patient_id.tolist())):
+        print(f"{alone:,} records name no patient (0, negative, unknown): each is taken as one")
     parts_of = Counter(who for part in parts for who in {*part.patient_id.tolist()})
     if shared := sum(n > 1 for n in parts_of.values()):
         print(f"{shared} patients are in several of folds 1-8, 9 and 10: scores are optimistic")
@@ -464,7 +466,7 @@ def post_train(args):
     device, (rank, world), out = evaluate.pick_device(args.device), place(), Path(args.out)
     local_rank = int(os.environ.get("LOCAL_RANK", device.index or 0))
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
+        device = evaluate.pick_device(f"cuda:{local_rank}")     # torchrun may start too many
         torch.cuda.set_device(device)
     if rank:
         sys.stdout = open(os.devnull, "w")      # one process prints

@@ -134,6 +134,7 @@ OPTIONS = [     # (command, what the line names)
     (f"{TRAIN} --leads I,IV", "--leads, IV, aVR"), (f"{TRAIN} --lr nan", "--lr is nan"),
     (f"{TRAIN} --drop-path 1", "--drop-path is 1"), (f"{TRAIN} --seed 4294967296", "--seed is 4"),
     (f"{TRAIN} --out run", "run, holds a run, --resume"),
+    (f"{SCORE} --fold 9", "--fold, checkpoints"),
     (f"{RESUME} --lr 0.01 --seed 4", "lr was 0.0005, now 0.01, seed was 0, another --out"),
 ]
 CASES = [
@@ -150,6 +151,15 @@ CASES = [
 def test_bad_input(world, fails, command, words, spoil):
     spoil()
     refused(fails, command, *words.split(", "))
+
+
+def test_a_full_gpu(world, fails, monkeypatch):
+    """Another run may fill it."""
+    def infer(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nSee the documentation")
+    monkeypatch.setattr(evaluate, "infer", infer)
+    for command in (EVALUATE, READ, TRAIN):
+        refused(fails, command, "CUDA out of memory. See")
 
 
 def test_a_mistyped_task_leaves_no_folder(world, fails):

@@ -85,3 +85,11 @@ def test_a_run_takes_its_gpu(two_gpus, demo_set, tmp_path, monkeypatch, options,
                      "--out", str(tmp_path)])
     assert two_gpus == [device]
     assert seen == (["nccl", ("fp16", device)] if variables else [("fp16", device)] * 2)
+
+
+def test_torchrun_starts_more_processes_than_gpus(two_gpus, fails, tmp_path, monkeypatch):
+    for key, value in {**TORCHRUN, "RANK": "2", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(key, value)
+    argv = ["--task", "rhythm12", "--weights", "none", "--out", tmp_path]
+    fails(post_train.main, argv, "cuda:2", "cpu, cuda, cuda:0, cuda:1")
+    assert not two_gpus

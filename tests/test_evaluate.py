@@ -45,6 +45,13 @@ def test_undefined_classes_do_not_count_and_a_perfect_score_has_no_interval():
     assert "2 classes undefined" in evaluate.macro_line("m", some)
     none = evaluate.report(scores_of(y[:, 1:], prob[:, 1:]), {"y_true": y[:, 1:], "classes": "bc"})
     assert np.isnan([none["macro_auroc"], none["macro_auprc"]]).all()
+    # No patient changes the AUROC; where both positives are of one patient, neither score.
+    y, prob = np.array([[1], [0], [1], [0]]), np.array([[0.9], [0.8], [0.2], [0.1]])
+    for patient_id, undefined in ([0, 0, 1, 1], [1, 0]), ([0, 1, 0, 1], [1, 1]):
+        p = {"y_true": y, "y_prob": prob, "patient_id": patient_id, "classes": "a"}
+        found = evaluate.report(evaluate.score(p), p)
+        ends = [found["macro_auroc_ci"], found["macro_auprc_ci"]]
+        assert np.isnan(ends).any(1).tolist() == np.isnan(ends).all(1).tolist() == undefined
 
 
 # ---------------------------------------------------------------------------------------- intervals

@@ -49,7 +49,7 @@ def test_a_table_becomes_labels(tmp_path):
 
 def test_whole_patients_are_dealt_to_folds_by_a_hash(tmp_path):
     """By CRC-32, of "123456789" it is 0xcbf43926. Unknown patients are each their own."""
-    patients = ["", "nan", "<NA>", "None", "-1.0", " 7.0", "123456789", "9a", "9a"]
+    patients = ["", "nan", "<NA>", "None", "-1.0", " 7.0", "123456789", "anonym9", "anonym9"]
     rows = [{"record": f"r{i}", "patient_id": who, "AFIB": 1} for i, who in enumerate(patients)]
     write_csv(tmp_path / "table.csv", rows)
     labels = data.load_labels(tmp_path, tmp_path / "table.csv")
@@ -73,6 +73,7 @@ def test_the_readmes_example(clinic, capsys):
         argv = shlex.split(short + words, comments=True)
         {"post_train": post_train, "evaluate": evaluate}[script].main(argv)
     out = capsys.readouterr().out
+    assert "2 records name no patient" in out       # the example's second half begins with 0
     assert "best.pt on fold 10: " in out and re.search(r"^AFIB +0\.\d{4}", out, re.MULTILINE)
     assert Path("ecg.png").read_bytes().startswith(b"\x89PNG")
 

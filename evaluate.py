@@ -15,7 +15,7 @@ import csv
 import glob
 import io
 import json
-from collections import namedtuple
+from collections import Counter, namedtuple
 from contextlib import suppress
 from itertools import combinations, islice
 from pathlib import Path
@@ -349,8 +349,8 @@ def predict_record(checkpoint, model, record, device):
         lacking += [note["lacking"] for note in notes if note["lacking"]]
     windows, derived = notes[0]["windows"], notes[0]["derived"]
     said = [f"{windows - n} of {windows} windows have no signal"] * (n < windows)
-    kinds = [*dict.fromkeys(lacking)][:3]
-    said += [f"{lacking.count(kind)} of {windows} windows lack {kind}" for kind in kinds]
+    gaps = Counter(lacking).most_common(3)
+    said += [f"{times} of {windows} windows lack {what}" for what, times in gaps]
     said += [f"{derived} derived from I and II"] * bool(derived)
     return total / n, n, "; ".join(said)
 

@@ -167,6 +167,8 @@ EMPTY = {   # samples -> what --record says, None where it refuses
     "loose": (lambda d: np.vstack([d[:10], FLAT[:2]]), "1 of 1 windows lack V5, V6"),
     "two": (lambda d: np.hstack([np.vstack([d[:10], FLAT[:2]]), np.vstack([FLAT[:1], d[1:]])]),
             "1 of 2 windows lack V5, V6; 1 of 2 windows lack I"),
+    "four": (lambda d: np.hstack([d * (np.arange(12) != i)[:, None] for i in (0, 1, 2, 6, 6)]),
+             "2 of 5 windows lack V1; 1 of 5 windows lack I; 1 of 5 windows lack II"),
     "whole": (lambda d: d, "")}
 
 
@@ -190,10 +192,11 @@ def folder(ecg, tmp_path, monkeypatch):
 def test_the_cache_lists_what_it_cannot_use(folder, ecg, capsys):
     path, notes = data.build_cache("ecg", [*EMPTY], workers=1, skip_unreadable=True)
     assert [*notes["unreadable"]] == ["flat", "missing", "thin"]
-    assert notes["lacking"] == {"paper": "75 % of its samples", "loose": "V5, V6", "two": "V5, V6"}
-    assert "3 of 8 records lack more than a tenth" in capsys.readouterr().out
+    assert notes["lacking"] == {"paper": "75 % of its samples", "loose": "V5, V6",
+                                "two": "V5, V6", "four": "I"}
+    assert "4 of 9 records lack more than a tenth" in capsys.readouterr().out
     x, want = np.load(path), data.preprocess(np.float32(ecg / 1000), 500).astype(np.float16)
-    assert not x[:3].any() and x[3].tolist() == x[7].tolist() == want.tolist()
+    assert not x[:3].any() and x[3].tolist() == x[8].tolist() == want.tolist()
     with pytest.raises(data.InputError, match="flat.*all 3.*--skip-unreadable"):
         data.build_cache("ecg", [*EMPTY], workers=1)
 
@@ -203,7 +206,7 @@ def test_record_keeps_all_predictions(folder, tiny, fails, monkeypatch):
     checkpoint = {"classes": ["a", "病"], "leads": [*LEADS], "preprocessing": "filter",
                   "state_dict": network.ecgfounder(2).state_dict()}
     torch.save(checkpoint, "x.pt")
-    fails(evaluate.main, ["x.pt", "--record", "ecg"], "5 of 12 records", "records.csv")
+    fails(evaluate.main, ["x.pt", "--record", "ecg"], "5 of 13 records", "records.csv")
     rows = {row["record"]: row for row in csv_of("records.csv")}
     assert {Path(name).name: row["notes"] for name, row in rows.items()} == {
         **{name: notes for name, (_, notes) in EMPTY.items() if notes is not None},

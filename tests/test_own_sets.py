@@ -73,7 +73,7 @@ def test_the_readmes_example(clinic, capsys):
         argv = shlex.split(short + words, comments=True)
         {"post_train": post_train, "evaluate": evaluate}[script].main(argv)
     out = capsys.readouterr().out
-    assert "2 records name no patient" in out       # the example's second half begins with 0
+    assert "2 records name no patient" in out     # the first two are of 0
     assert "best.pt on fold 10: " in out and re.search(r"^AFIB +0\.\d{4}", out, re.MULTILINE)
     assert Path("ecg.png").read_bytes().startswith(b"\x89PNG")
 

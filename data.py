@@ -150,8 +150,8 @@ def read_csv(path, needed):
         ragged = [i for i, row in enumerate(rows, 2) if len(row) != len(names)]
         columns = [(name, cells) for name, cells in zip(names, zip(*rows)) if name or any(cells)]
         if not rows or ragged or len(dict(columns)) < len(columns) or not {*needed} <= {*names}:
-            raise InputError(f"has {len(rows)} rows (of other lengths: {ragged[:5]}), the columns "
-                             f"{', '.join(names)[:200]}; wanted {needed}, and none twice")
+            raise InputError(f"has {len(rows)} rows (other lengths: {ragged[:5] or 'none'}), the "
+                             f"columns {', '.join(names)[:200]}; wanted {needed}, and none twice")
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path}: {error}; see --data, --task, data.py --download") from None
     return dict(columns)

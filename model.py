@@ -244,6 +244,8 @@ def main(argv=None):
         print(verify(args.weights or path))
     except (WeightsError, OSError) as error:
         parser.exit(2, f"model.py: {error}\n")
+    except KeyboardInterrupt:   # the download is not half-written
+        parser.exit(130, "model.py: interrupted\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import re
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -165,7 +166,8 @@ def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch, fails):
     fails(network.main, ["--download"], path.name, "invalid hash")
     assert not any((tmp_path / "checkpoints").iterdir())
     monkeypatch.setattr(network, "OFFICIAL_SHA256", hashlib.sha256(b"weights").hexdigest())
-    monkeypatch.setattr(network, "verify", lambda path: "")
+    monkeypatch.setattr(network, "verify", Mock(side_effect=[KeyboardInterrupt, ""]))
+    fails(network.main, ["--download"], "interrupted", status=130)
     network.main(["--download"])
     assert (tmp_path / network.OFFICIAL).read_bytes() == b"weights"
 

@@ -343,7 +343,7 @@ def preprocess(signal, fs, how="filter"):
         raise InputError("samples beyond 10 V; wanted an ECG in millivolts")
     x = np.stack([fill_gaps(lead) for lead in x])
     if fs != FS:    # beyond its ends a lead goes on along the line through its first and last one
-        up, down = Fraction(FS / fs).limit_denominator(1000).as_integer_ratio()
+        up, down = Fraction(FS / float(fs)).limit_denominator(1000).as_integer_ratio()
         x = dsp.resample_poly(x, up, down, axis=1, padtype="line")
     x = remove_noise(x[:, :SAMPLES]) if how == "filter" else x[:, :SAMPLES]
     if how != "raw":
@@ -428,9 +428,11 @@ def build_cache(root, records, how="filter", leads=LEADS, workers=None, skip_unr
         if not Path(root).is_dir():
             raise InputError(f"{root}: no such folder; give the dataset's with --data")
         path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as f, whole_file(about) as g:
-            notes = write_signals(f, root, records, how, leads, max(1, workers or os.cpu_count()))
-            g.write(json.dumps({**made_of, **notes}, indent=1).encode())
+        with whole_file(path) as f:
+            workers = min(61, max(1, workers or os.cpu_count()))    # Windows allows no more
+            notes = write_signals(f, root, records, how, leads, workers)
+            with whole_file(about) as g:    # there before the array is
+                g.write(json.dumps({**made_of, **notes}, indent=1).encode())
     notes = json.loads(about.read_text())
     if (unreadable := notes["unreadable"]) and not skip_unreadable:
         raise InputError(f"{next(iter(unreadable.values()))}; {about} lists all {len(unreadable)}: "
@@ -481,7 +483,7 @@ def load_records(root, task, how="filter", leads=LEADS, **options):
 @contextmanager
 def whole_file(path):
     """A file to write bytes to, which gets the name `path` once all are written, or never."""
-    part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    part = Path(path).with_name(f".{Path(path).name}.{os.urandom(8).hex()}.part")
     for old in part.parent.glob(f".{Path(path).name}.*.part"):  # a killed process may have left it
         with suppress(FileNotFoundError):
             if time.time() - old.stat().st_mtime > 3600:
@@ -511,7 +513,7 @@ def errors_in_one_line(script, *more, interrupted="interrupted; no file is half-
     except (KeyboardInterrupt, InputError, OSError, BrokenExecutor, *more) as error:
         stopped = isinstance(error, KeyboardInterrupt)
         line = interrupted if stopped else " ".join(str(error).split())
-        line += "; perhaps memory ran out: fewer --workers" * isinstance(error, BrokenExecutor)
+        line += "; perhaps memory ran out: data.py --workers 1" * isinstance(error, BrokenExecutor)
         sys.stderr.write(f"{script}: {line}\n")
         sys.exit(130 if stopped else 2)
 

@@ -151,20 +151,19 @@ def difference(a, b, classes, top=5):
                         for i in order[:top] if not np.isnan(auroc[i])}}
 
 
-def with_interval(value, ends, sign=""):
-    return f"{value:{sign}.4f} ({ends[0]:{sign}.4f} to {ends[1]:{sign}.4f})"
+def with_interval(result, key, sign=""):
+    value, (low, high) = result[key], result[f"{key}_ci"]
+    return f"{value:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"
 
 
 def macro_line(name, result):
-    auroc = with_interval(result["macro_auroc"], result["macro_auroc_ci"])
-    auprc = with_interval(result["macro_auprc"], result["macro_auprc_ci"])
+    auroc, auprc = (with_interval(result, f"macro_{area}") for area in ("auroc", "auprc"))
     few = f" ({len(result['undefined'])} classes undefined)" * bool(result["undefined"])
     return f"{name}: {result['n']:,} records, macro AUROC {auroc}, AUPRC {auprc}{few}"
 
 
 def difference_lines(pair):
-    auroc = with_interval(pair["macro_auroc_diff"], pair["macro_auroc_diff_ci"], "+")
-    auprc = with_interval(pair["macro_auprc_diff"], pair["macro_auprc_diff_ci"], "+")
+    auroc, auprc = (with_interval(pair, f"macro_{x}_diff", "+") for x in ("auroc", "auprc"))
     most = [f"{name} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}"
             for name, d in pair["classes"].items()]
     return [f"{pair['b']} - {pair['a']}",

@@ -213,8 +213,7 @@ def epochs(run, stage, module, train_split, val_split, amp):
         scaler.load_state_dict(run.states["scaler"])
         for group in optimizer.param_groups:    # as without a graph
             group.update(lr=stage.lr, capturable=False)
-    graphed = args.graph and device.type == "cuda" and not dist.is_initialized()
-    step, net = GraphedStep(optimizer, device) if graphed else train_step, module
+    step, net = GraphedStep(optimizer, device) if args.graph else train_step, module
     if dist.is_initialized():
         net = torch.nn.parallel.DistributedDataParallel(module)
 
@@ -354,7 +353,9 @@ class Run:
             self.go_on(last)
             origin = f"resumed after epoch {self.history[-1]['epoch']}"
         elif args.weights != "none":
-            network.load_pretrained(self.model, args.weights, args.leads)
+            file = network.load_pretrained(self.model, args.weights, args.leads)
+            if file.get("preprocessing", args.preprocess) != args.preprocess:
+                print(f"{args.weights} was trained with --preprocess {file['preprocessing']}")
             # With the seed alone the head might be the one that the features grew up with.
             digest = zlib.crc32(self.model.first_conv.conv.weight.detach().numpy().tobytes())
             entropy = np.random.SeedSequence((args.seed, digest))
@@ -440,8 +441,8 @@ def parse(argv):
     for name, (post, baseline, _) in RECIPE.items():
         if getattr(args, name) is None:
             setattr(args, name, post if args.strategy == "post" else baseline)
-    name = f"{Path(args.task).stem}-frac{args.frac:g}-{args.strategy}-seed{args.seed}"
-    args.out = args.out or f"runs/{name}"
+    args.out = args.out or (
+        f"runs/{Path(args.task).stem}-frac{args.frac:g}-{args.strategy}-seed{args.seed}")
     return args
 
 
@@ -468,6 +469,8 @@ def post_train(args):
     if device.type == "cuda":
         device = evaluate.pick_device(f"cuda:{local_rank}")     # torchrun may start too many
         torch.cuda.set_device(device)
+    if args.graph and (device.type != "cuda" or world > 1):
+        raise InputError("--graph: wanted one GPU")
     if rank:
         sys.stdout = open(os.devnull, "w")      # one process prints
     args.amp = args.amp or ("fp16" if device.type == "cuda" else "off")

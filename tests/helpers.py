@@ -102,7 +102,7 @@ def content(folder):
 
 
 def temporaries(folder):
-    """The files that are being written there, .<name>.<process>.part."""
+    """The files that are being written there, .<name>.<random>.part."""
     return [*Path(folder).rglob(".*.part")]
 
 

@@ -132,6 +132,7 @@ SPOILED = [     # (command, what the line names, what spoils)
 OPTIONS = [     # (command, what the line names)
     (f"{TRAIN} --data elsewhere", f"elsewhere/{DATABASE.name}, data.py --download"),
     (f"{TRAIN} --leads I,IV", "--leads, IV, aVR"), (f"{TRAIN} --lr nan", "--lr is nan"),
+    (f"{TRAIN} --graph", "--graph: wanted one GPU"),
     (f"{TRAIN} --drop-path 1", "--drop-path is 1"), (f"{TRAIN} --seed 4294967296", "--seed is 4"),
     (f"{TRAIN} --out run", "run, holds a run, --resume"),
     (f"{SCORE} --fold 9", "--fold, checkpoints"),

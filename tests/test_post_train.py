@@ -176,10 +176,11 @@ def test_strategies_and_options_reach_the_network(run, demo_set, monkeypatch):
     assert exact["train_loss"] != fast["train_loss"] == pytest.approx(exact["train_loss"], rel=0.05)
 
 
-def test_from_weights_come_all_but_an_unrelated_head(undisturbed, demo_set, tiny):
-    """A head drawn from the seed alone would be the one that the features grew up with."""
-    def begin(path, seed):
-        args = parse("--weights", path, "--seed", seed)
+def test_from_weights_come_all_but_an_unrelated_head(undisturbed, demo_set, tiny, capsys):
+    """A head drawn from the seed alone would be the one that the features grew up with. Another
+    preprocessing is said."""
+    def begin(path, seed, how="filter"):
+        args = parse("--weights", path, "--seed", seed, "--preprocess", how)
         args.leads = data.LEADS
         return post_train.Run(args, labels, labels, torch.device("cpu")).model.state_dict()
 
@@ -189,6 +190,9 @@ def test_from_weights_come_all_but_an_unrelated_head(undisturbed, demo_set, tiny
     assert all(torch.equal(states[1][k], states[3][k]) for k in states[1] if k[:5] != "dense")
     found = torch.corrcoef(torch.stack([state["dense.weight"].flatten() for state in states]))
     assert found[0, 1] > 0.5 and found.triu(1)[:, 2:].abs().max() < 0.25
+    assert "trained with" not in capsys.readouterr().out
+    begin(best, 0, "raw")
+    assert f"{best} was trained with --preprocess filter" in capsys.readouterr().out
 
 
 def test_fold_10_is_touched_by_nothing_before_the_end(run, demo, undisturbed, monkeypatch):

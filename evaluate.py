@@ -163,7 +163,7 @@ def macro_line(name, result):
 
 
 def difference_lines(pair):
-    auroc, auprc = (with_interval(pair, f"macro_{x}_diff", "+") for x in ("auroc", "auprc"))
+    auroc, auprc = (with_interval(pair, f"macro_{area}_diff", "+") for area in ("auroc", "auprc"))
     most = [f"{name} {d['auroc_diff']:+.2f} {d['auprc_diff']:+.2f}"
             for name, d in pair["classes"].items()]
     return [f"{pair['b']} - {pair['a']}",

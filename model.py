@@ -191,7 +191,7 @@ def load_pretrained(model, path, leads=LEADS):
     """Load the official .pth, a checkpoint of post_train.py for any task, or a bare state_dict into
     all of `model` but its classifier. leads: the names of the model's. The file's others are
     dropped, which is the same as feeding zeros for them; a file that names none has all twelve, I
-    alone, or these. Returns what the file holds. Raises WeightsError for what does not fit."""
+    alone, or these. Returns the file's dict. Raises WeightsError for what does not fit."""
     checkpoint = read_checkpoint(path)
     state, n = checkpoint["state_dict"], checkpoint["state_dict"][STEM].shape[1]
     there = checkpoint.get("leads") or {12: LEADS, 1: LEADS[:1]}.get(n, leads)

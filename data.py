@@ -117,7 +117,8 @@ def read_table(root, task):
     for column, names in ((needed[0], records), ("ecg_id", ids)):
         for name, count in Counter(names).items():
             if count > 1 or re.match(r"/|\.\.|\.?$", name):
-                raise InputError(f"{path}: {column} {name!r}; wanted a row a record, inside {root}")
+                raise InputError(f"{path}: {column} {name!r}, in {count} rows; wanted one row each "
+                                 f"and records inside {root}")
     if fold in table:
         folds = translate(path, fold, table[fold], FOLDS, "1-8 (train), 9 (validates), 10 (tests)")
     else:   # by a hash, so that a patient is in the same fold in every table and on every machine
@@ -153,7 +154,8 @@ def read_csv(path, needed):
             raise InputError(f"has {len(rows)} rows (other lengths: {ragged[:5] or 'none'}), the "
                              f"columns {', '.join(names)[:200]}; wanted {needed}, and none twice")
     except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{path}: {error}; see --data, --task, data.py --download") from None
+        raise InputError(f"{path}: {error}; wanted a csv table in UTF-8; see --data, --task, "
+                         "data.py --download") from None
     return dict(columns)
 
 
@@ -256,6 +258,8 @@ def read_header(path):
             name, frames = read_line(*line, "segment")
             part, gap = Path(path).with_name(name), name == "~" or not int(frames)
             header = Header(0, 0, {}, [], True) if gap else read_header(part)
+            if not gap and header.frame_rate != float(rate or 250):
+                raise InputError(f"{part}.hea: has another rate than {path}.hea")
             segments.append((part, header, int(frames)))
             signals = {**header.signals, **signals}
             continue
@@ -332,11 +336,13 @@ def preprocess(signal, fs, how="filter"):
     """(leads, n) in millivolts at `fs` Hz -> float32 (leads, 5000): the first 10 s at 500 Hz,
     zero-padded at the end if shorter. Missing samples (NaN) are interpolated. how: "filter"
     (`remove_noise`, then z-score over all leads at once; flat ones become zeros), "zscore" (the
-    last step alone) or "raw" (millivolts). Raises InputError for what is not in millivolts."""
+    last step alone) or "raw" (millivolts). Raises InputError for samples beyond 10 V."""
     from scipy import signal as dsp
     x = np.asarray(signal)
-    if x.ndim != 2 or x.shape[1] < 2 or not 50 <= fs <= 100_000:
+    if x.ndim != 2 or x.shape[1] < max(2, len(x)) or not 50 <= fs <= 100_000:
         raise InputError(f"shape {x.shape} at {fs} Hz; wanted (leads, n) at 50 to 100,000 Hz")
+    if how not in PREPROCESSING:
+        raise InputError(f"preprocessing {how!r}: wanted {', '.join(PREPROCESSING)}")
     seconds = 10 if fs == FS else 11    # one more for the filter that resamples
     x = x[:, :math.ceil(seconds * fs)].astype(np.float64)
     if not np.abs(x[~np.isnan(x)]).max(initial=0) <= 1e4:   # an ECG's are about 1

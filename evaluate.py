@@ -15,6 +15,7 @@ import csv
 import glob
 import io
 import json
+import re
 from collections import Counter, namedtuple
 from contextlib import suppress
 from itertools import combinations, islice
@@ -249,9 +250,10 @@ def predictions_of(path, args, device):
     p = predict(checkpoint, model, labels, signals, device)
     if not args.features:
         del p["features"]
-    others = [Path(other).stem for other in (path, args.data, args.task) if other]
-    name = "-".join(["predictions", *others, *args.fold]).replace("-best", "", 1)
-    out = args.out or Path(path).with_name(f"{name}.npz")
+    # Whole paths: two datasets may end alike.
+    given = [Path(path).stem, args.data, args.task and args.task.removesuffix(".csv"), *args.fold]
+    name = re.sub(r"[/\\:]+", "-", "/".join(["predictions", *filter(None, given)]))
+    out = args.out or Path(path).with_name(f"{name.replace('-best', '', 1)}.npz")
     with data.whole_file(out) as f:
         np.savez(f, **p)
     print(f"{out}: predictions of {len(p['y_true']):,} records")
@@ -284,7 +286,8 @@ def load_predictions(path):
             raise ValueError(f"shapes {shapes}")
     except Exception as error:  # NumPy and zipfile raise many types; object arrays are refused here
         raise InputError(f"{path}: cannot be read as predictions ({error}); wanted y_true (N, L) "
-                         "of 0 and 1, y_prob (N, L) from 0 to 1, classes (L,), each once") from None
+                         "of 0 and 1, y_prob (N, L) from 0 to 1, classes (L,), each once "
+                         "(text: array.astype(str))") from None
     unknown = list(map(data.is_unknown, p["patient_id"]))
     return {**p, "y_true": p["y_true"].astype(np.uint8),
             "patient_id": np.where(unknown, np.arange(n) - n, p["patient_id"])}
@@ -468,11 +471,12 @@ def main(argv=None):
         for path, ends in (args.out, table), (args.json, [".json"]), (args.plot, [".png", ".pdf"]):
             if path and (Path(path).suffix not in ends or not Path(path).parent.is_dir()):
                 raise InputError(f"{path}: wanted a {' or '.join(ends)} file in an existing folder")
-        ignored = (args.json or len(args.models) > 1) if args.record else args.plot
-        if ignored or args.out and len(args.models) > 1:
-            raise InputError("--out, --record: with one FILE; --plot: with --record; --json: not")
-        chosen = args.fold or args.data or args.task or args.features or args.out
-        if chosen and all(path.endswith(".npz") for path in args.models):
+        several, chosen = len(args.models) > 1, args.fold or args.data or args.task or args.features
+        if several and (args.out or args.record) or args.plot and not args.record:
+            raise InputError("--out, --record: with one FILE; --plot: with --record")
+        if args.record and (chosen or args.json):
+            raise InputError("--fold, --data, --task, --features, --json: not with --record")
+        if (chosen or args.out) and all(path.endswith(".npz") for path in args.models):
             raise InputError("--fold, --data, --task, --features, --out: of checkpoints, not .npz")
         (run_records if args.record else run)(args, pick_device(args.device))
 

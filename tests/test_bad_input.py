@@ -104,6 +104,11 @@ def predicted_nan():
     np.savez(NPZ, **{**p, "y_prob": np.where(p["y_prob"] == p["y_prob"].max(), np.nan, 0.5)})
 
 
+def classes_as_objects():
+    p = dict(np.load(NPZ))
+    np.savez(NPZ, **{**p, "classes": p["classes"].astype(object)})
+
+
 DAMAGE = {"missing": None, "empty": lambda old: b"", "HTML": lambda old: b"<!DOCTYPE html>404",
           "truncated": lambda old: old[:len(old) // 2], "noise": lambda old: bytes(range(256)) * 9}
 DAMAGED = [     # (command, file, what the line names)
@@ -115,19 +120,20 @@ DAMAGED = [     # (command, file, what the line names)
 CELLS = [       # (table, column, bad values, what else the line names)
     (DATABASE, "strat_fold", ["0", "1.5", ""], "row 6, 1-8 (train)"),
     (DATABASE, "filename_hr", ["/etc/passwd", "../secret"], "inside"),
-    (TABLE, "other", ["2", ""], "row 6, 0 or 1"), (TABLE, "ecg_id", ["6"], "wanted a row"),
+    (TABLE, "other", ["2", ""], "row 6, 0 or 1"), (TABLE, "ecg_id", ["6"], "2 rows"),
     (DATABASE, "scp_codes", ["{'XYZ': 100.0}", "{'NORM': 100.0", "[" * 100_000,
                              "{'NORM': __import__('os').mkdir('canary')}"], "row 6, statements of"),
 ]
 SPOILED = [     # (command, what the line names, what spoils)
     (OWN, f"{TABLE}, 'record'", changed(TABLE, lambda old: old.replace(b"record", b"path", 1))),
+    (OWN, f"{TABLE}, utf-8, wanted", changed(TABLE, lambda old: old.replace(b"other", b"\xe9"))),
     (READ, f"{RECORD}, mmhg, mV", changed(HEA, lambda old: old.replace(b"/mV", b"/mmHg"))),
     (START, f"{WEIGHTS}, {STEM}, [3, 12, 1]", resaved(WEIGHTS, {STEM: torch.zeros(3, 12, 1)})),
     (START, f"{WEIGHTS}, no ECGFounder", resaved(WEIGHTS, {STEM: torch.zeros(3)})),
     (VERIFY, f"{WEIGHTS}, not finite", resaved(WEIGHTS, {BIAS: torch.full((150,), torch.nan)})),
     (RESUME, f"{LAST}, records was, same", cell(DATABASE, "scp_codes", "{'IMI': 100.0}")),
     (EVALUATE, f"{BEST}, not yet a model", partial(shutil.copy, WEIGHTS, BEST)),
-    (SCORE, f"{NPZ}, 0 to 1", predicted_nan),
+    (SCORE, f"{NPZ}, 0 to 1", predicted_nan), (SCORE, f"{NPZ}, astype(str)", classes_as_objects),
 ]
 OPTIONS = [     # (command, what the line names)
     (f"{TRAIN} --data elsewhere", f"elsewhere/{DATABASE.name}, data.py --download"),
@@ -135,7 +141,7 @@ OPTIONS = [     # (command, what the line names)
     (f"{TRAIN} --graph", "--graph: wanted one GPU"),
     (f"{TRAIN} --drop-path 1", "--drop-path is 1"), (f"{TRAIN} --seed 4294967296", "--seed is 4"),
     (f"{TRAIN} --out run", "run, holds a run, --resume"),
-    (f"{SCORE} --fold 9", "--fold, checkpoints"),
+    (f"{SCORE} --fold 9", "--fold, checkpoints"), (f"{READ} --fold 9", "--fold, not with --rec"),
     (f"{RESUME} --lr 0.01 --seed 4", "lr was 0.0005, now 0.01, seed was 0, another --out"),
 ]
 CASES = [

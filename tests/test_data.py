@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
@@ -117,6 +118,15 @@ def test_gaps_are_interpolated_and_flat_records_zeros():
     assert np.array_equal(data.preprocess(leads, 500, "raw")[:, :4], want)
     for value in (0, 1.5, nan):
         assert not data.preprocess(np.full((12, 5000), value), 500).any()
+
+
+@pytest.mark.parametrize("signal, fs, how, word", [
+    (SIGNAL.T, 500, "filter", "(leads, n)"), (SIGNAL[0], 500, "filter", "(leads, n)"),
+    (SIGNAL, 0.5, "filter", "0.5 Hz"), (SIGNAL, 500, "filtered", "zscore"),
+    (1e5 * SIGNAL, 500, "raw", "millivolts")])
+def test_what_is_no_ecg_is_not_preprocessed(signal, fs, how, word):
+    with pytest.raises(data.InputError, match=re.escape(word)):
+        data.preprocess(signal, fs, how)
 
 
 # -------------------------------------------------------------------------------------------- cache

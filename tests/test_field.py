@@ -125,6 +125,8 @@ def test_limb_leads_follow_from_two(ecg, tmp_path):
      ["no lead V1 ", "-aVR, ", "Lead -V1"]),
     (lambda path, d: write(path, d, first="{} {} 0 {}"), ["line 1", "0 a second"]),
     (lambda path, d: write_segments(path, np.roll(d, 1, 0), "1/mV", "1/Pa"), ["pa", "one rate"]),
+    (lambda path, d: write_header(write_segments(path, d, "1/mV"), "r/1 12 250 5000", "part0 5000"),
+     ["part0.hea", "another rate"]),
     (lambda path, d: write(path, d, first="{} {} 500 {} 10:00:00 29/13/2001"), ["line 1", "date"]),
     (lambda path, d: write(path, d, first="{}.mat {} 500 {}"), ["line 1", "name", ".mat"]),
     (lambda path, d: write(path, d, first="{} {} 500 0"), ["line 1", "0 samples"]),

@@ -116,6 +116,18 @@ def test_other_peoples_sets(clinic):
     np.testing.assert_allclose(z["y_prob"], torch.sigmoid(logits), atol=1e-5)
 
 
+def test_sets_that_end_alike_have_predictions_of_their_own(clinic):
+    """The same records, with other labels; the first one's predictions stay."""
+    for name, label in (("a/v1.2", 0), ("a/v1.3", 1), ("b/v1.2", 1)):
+        shutil.copytree("ecg", f"{name}/ecg")
+        rows = [{"record": record, "AFIB": label} for record in RECORDS]
+        write_csv(f"{name}/labels.csv", rows)
+        evaluate.main(["run/best.pt", "--data", name, "--task", f"{name}/labels.csv"])
+    for name, label in (("a-v1.2", 0), ("a-v1.3", 1), ("b-v1.2", 1)):
+        z = np.load(f"run/predictions-{name}-{name}-labels.npz")
+        assert (z["y_true"] == label).all()
+
+
 def test_thresholds_have_the_best_f1_on_fold_9(undisturbed, tiny):
     """Against every threshold, tried with scikit-learn; probabilities tie."""
     rng = np.random.default_rng(1)

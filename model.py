@@ -233,10 +233,11 @@ def download(path, digest):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    add = parser.add_argument
-    add("--weights", metavar="FILE", help="verify this checkpoint")
-    add("--download", action="store_true", help="fetch the official weights to checkpoints/")
-    add("--leads", type=int, choices=(12, 1), default=12, help="leads of the release (default: 12)")
+    one = parser.add_mutually_exclusive_group()
+    one.add_argument("--weights", metavar="FILE", help="verify this checkpoint")
+    one.add_argument("--download", action="store_true", help="fetch the official weights")
+    parser.add_argument("--leads", type=int, choices=(12, 1), default=12,
+                        help="leads of the release (default: 12)")
     args = parser.parse_args(argv)
     path, digest = {12: (OFFICIAL, OFFICIAL_SHA256), 1: (OFFICIAL_ONE_LEAD, None)}[args.leads]
     try:

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # noqa: F401  before there is a group, which its defaults would keep
+import torch.distributed.nn  # noqa: F401  now: later its defaults would hold the process group
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -44,21 +44,21 @@ SOURCES = """Sources of the values, of post and baseline if they are two: commun
 re-implementation, as the paper's own were not available; official, ECGFounder's fine-tuning recipe,
 which has no probe; ours, tuned on fold 9 or chosen untuned."""
 RECIPE = {  # option: (with --strategy post, with baseline, what it is and the values' sources)
-    "probe_epochs": (None, 0, "auto: about 200 steps, or 30 epochs without fine-tuning; ours"),
+    "probe_epochs": (None, 0, "auto: those of about 200 steps, 1 to 30; 30 if --epochs 0; ours"),
     "probe_lr": (1e-3, 1e-3, "learning rate of the probe, by cosine to 0; ours"),
     "probe_weight_decay": (0.1, 0.1, "community"),
     "epochs": (30, 30, "of fine-tuning; community; ours"),
     "lr": (5e-4, 1e-4, "learning rate of fine-tuning; community; official"),
-    "final_lr": (1e-5, 0.0, "where the cosine ends; community"),
-    "schedule": ("cosine", "plateau", "plateau: lr / 10 if 10 epochs stall; community; official"),
+    "final_lr": (1e-5, 0.0, "where the cosine ends, at most --lr; community"),
+    "schedule": ("cosine", "plateau", "plateau: lr / 10 if 11 epochs stall; community; official"),
     "optimizer": ("adamw", "adam", "adamw: with no weight decay of vectors; community; official"),
     "weight_decay": (0.05, 1e-5, "community; official"),
-    "clip": (1.0, math.inf, "largest norm of the gradient; ours; official"),
-    "drop_path": (0.5, 0.0, "share of residual branches dropped; community; official"),
+    "clip": (1.0, math.inf, "largest norm of the gradient, above 0; ours; official"),
+    "drop_path": (0.5, 0.0, "share of residual branches dropped, below 1; community; official"),
     "drop_path_mode": ("constant", "constant", "linear: growing with depth; ours"),
-    "dropout": (0.05, 0.0, "before the head; community; official"),
-    "batch_size": (32, 256, "ECGs per step, over all devices; ours; official"),
-    "interpolate": (True, False, "at the end try weights between the probe's and the last; ours"),
+    "dropout": (0.05, 0.0, "before the head, below 1; community; official"),
+    "batch_size": (32, 256, "ECGs per step, over all processes; ours; official"),
+    "interpolate": (True, False, "after a probe: at the end try weights between its and the last; ours"),
 }
 CHOICES = {"schedule": ("cosine", "plateau"), "optimizer": ("adamw", "adam"),
            "drop_path_mode": network.MODES}
@@ -147,8 +147,9 @@ def choose_records(args, labels):
     train = train.take(data.subset(np.arange(len(train.row)), args.frac, args.seed))
     sizes = [len(part.row) for part in (train, *parts[1:])]
     if min(sizes) < place()[1] or not (val.y.any(0) & ~val.y.all(0)).any():
-        raise InputError(f"{args.task}: folds 1-8, 9 and 10 hold {sizes} records; wanted some, and "
-                         "both labels of a class in 9: give a column `fold`, or more records")
+        raise InputError(f"{args.task}: folds 1-8, 9 and 10 hold {sizes} records; wanted "
+                         f"{place()[1]} or more, and both labels of a class in 9: give a column "
+                         "`fold`, or more records")
     if data.is_own(args.task):
         print(f"{len(labels.classes)} classes: {', '.join(labels.classes)}")
     if alone := sum(map(data.is_unknown, labels.patient_id.tolist())):
@@ -164,9 +165,11 @@ def train(args, device, labels, signals):
     chosen = choose_records(args, labels)
     train_split, val_split = (make_split(signals, some, device) for some in chosen)
     run = Run(args, *chosen, device)
+    if place()[0] == 0 and not args.resume:     # or stop: another run may have begun meanwhile
+        Path(args.out, "metrics.jsonl").touch(exist_ok=False)
     model, amp = run.model, AMP[args.amp]
-    batches = epoch_batches(len(train_split.rows), args.batch_size, 0)
-    probe, finetune = stages_of(args, len(batches))
+    steps = len(epoch_batches(len(train_split.rows), args.batch_size, seed=0))   # of each epoch
+    probe, finetune = stages_of(args, steps)
 
     # Stage 1, preview linear probing: the backbone is frozen, so it runs once.
     if len(run.lines("probe")) < probe.epochs:
@@ -203,7 +206,8 @@ def extract_features(model, split, amp):
 
 
 def epochs(run, stage, module, train_split, val_split, amp):
-    """Train `module` for the rest of `stage`; yields optimizer's and scaler's state each epoch."""
+    """Train `module` for the epochs of `stage` that are left; after each, once its line is logged,
+    yields the states of optimizer and scaler, for last.pt."""
     args, device, rank = run.args, train_split.y.device, place()[0]
     done = len(run.lines(stage.name))
     optimizer = make_optimizer(stage, list(module.parameters()))
@@ -307,14 +311,16 @@ def infer_all(forward, split, amp):
     """`evaluate.infer`, shared among the processes, which all get the whole result."""
     rank, world = place()
     mine = np.array_split(split.rows, world)[rank]
-    parts = [evaluate.infer(forward, split.x, mine, split.y.device, amp)] * world
+    own = evaluate.infer(forward, split.x, mine, split.y.device, amp)
+    parts = [own] * world
     if dist.is_initialized():
-        dist.all_gather_object(parts, parts[rank])
+        dist.all_gather_object(parts, own)
     return np.concatenate(parts)
 
 
 def validate(forward, split, amp):
-    """Mean loss, macro AUROC and AUPRC of one fold, by chance where the loss is not finite."""
+    """Mean loss, macro AUROC and AUPRC of one fold; where the loss is not finite, these are of
+    equal probabilities."""
     logits, y = infer_all(forward, split, amp), split.y.cpu()
     loss = F.binary_cross_entropy_with_logits(torch.from_numpy(logits), y).item()
     prob = evaluate.probabilities(logits) if math.isfinite(loss) else np.zeros(y.shape)
@@ -356,7 +362,7 @@ class Run:
             file = network.load_pretrained(self.model, args.weights, args.leads)
             if file.get("preprocessing", args.preprocess) != args.preprocess:
                 print(f"{args.weights} was trained with --preprocess {file['preprocessing']}")
-            # With the seed alone the head might be the one that the features grew up with.
+            # The seed alone might draw the head that these weights were trained with.
             digest = zlib.crc32(self.model.first_conv.conv.weight.detach().numpy().tobytes())
             entropy = np.random.SeedSequence((args.seed, digest))
             torch.manual_seed(int(entropy.generate_state(1)[0]))
@@ -428,7 +434,7 @@ def parse(argv):
     add("--strategy", choices=("post", "baseline"), default="post",
         help="post: the paper's; baseline: ECGFounder's fine-tuning recipe (default: post)")
     add("--amp", choices=AMP, help="mixed precision (default: fp16 on CUDA, off on the CPU; ours)")
-    add("--device", help="cpu, cuda, cuda:1 (default: cuda if there is one)")
+    add("--device", help="cpu, cuda; without torchrun cuda:1 (default: cuda if there is one)")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--graph", action="store_true", help="on one GPU: take the steps as a CUDA graph")
     for name, (post, baseline, text) in RECIPE.items():

@@ -79,7 +79,8 @@ def test_a_full_disk_is_said_and_costs_no_earlier_file(tiny, demo_set, undisturb
     assert earlier.read_bytes() == b"earlier" and not temporaries(tmp_path)
 
 
-@pytest.mark.parametrize("number, left", [(1, set()), (3, {"metrics.jsonl", "probe.pt"})])
+@pytest.mark.parametrize("number, left", [(1, {"metrics.jsonl"}),
+                                          (3, {"metrics.jsonl", "probe.pt"})])
 def test_ctrl_c_ends_the_run_at_once(tiny, demo_set, tmp_path, monkeypatch, fails, number, left):
     """Pressed in a pass of the network, the first one or the first step of fine-tuning."""
     passes, forward = [], network.ECGFounder.forward_features
@@ -125,3 +126,17 @@ def test_a_process_that_fails_alone_says_why_and_ends_the_others(demo_set, tmp_p
     done = torchrun(arguments(demo_set, tmp_path, "--resume"))
     said = [line for line in done.stderr.splitlines() if "post_train.py: " in line]
     assert done.returncode and len(said) == 1 and "Is a directory" in said[0], done.stderr
+
+
+def test_a_run_begun_while_another_loads_is_not_mixed_with_it(tiny, demo_set, tmp_path,
+                                                              monkeypatch, fails):
+    def load_while_another_trains(*args, **options):
+        monkeypatch.setattr(data, "load_records", load)
+        post_train.main(arguments(demo_set, tmp_path))
+        before.update(content(tmp_path))
+        return load(*args, **options)
+
+    load, before = data.load_records, {}
+    monkeypatch.setattr(data, "load_records", load_while_another_trains)
+    fails(post_train.main, arguments(demo_set, tmp_path, "--lr", 0.01), "metrics.jsonl", "exists")
+    assert content(tmp_path) == before

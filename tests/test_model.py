@@ -170,6 +170,8 @@ def test_a_download_is_checked_by_its_hash(tmp_path, monkeypatch, fails):
     fails(network.main, ["--download"], "interrupted", status=130)
     network.main(["--download"])
     assert (tmp_path / network.OFFICIAL).read_bytes() == b"weights"
+    with pytest.raises(SystemExit, match="2"):
+        network.main(["--download", "--weights", "mine.pth"])   # which of them would it verify?
 
 
 def test_each_script_imports_those_below_it_alone():

@@ -57,7 +57,7 @@ RECIPE = {  # option: (with --strategy post, with baseline, what it is and the v
     "drop_path": (0.5, 0.0, "share of residual branches dropped, below 1; community; official"),
     "drop_path_mode": ("constant", "constant", "linear: growing with depth; ours"),
     "dropout": (0.05, 0.0, "before the head, below 1; community; official"),
-    "batch_size": (32, 256, "ECGs per step, over all processes; ours; official"),
+    "batch_size": (32, 256, "ECGs per step, a multiple of the processes; ours; official"),
     "interpolate": (True, False, "after a probe: at the end try mixtures with its weights; ours"),
 }
 CHOICES = {"schedule": ("cosine", "plateau"), "optimizer": ("adamw", "adam"),
